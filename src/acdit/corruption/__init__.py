@@ -1,0 +1,5 @@
+"""How clean data become noisy, what the model is asked for, and what its answer costs."""
+
+from acdit.corruption.gaussian import GaussianCorruption
+
+__all__ = ["GaussianCorruption"]

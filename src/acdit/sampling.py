@@ -1,0 +1,231 @@
+"""The blocks × steps loop (paper section 4.2, Figure 2b): a generator that yields finished blocks.
+
+Guidance and solver live here; the model only predicts.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from torch import Tensor
+
+from acdit.cache import KVCache
+from acdit.errors import ConfigError
+from acdit.model import ACDiTTransformer, wide_dtype
+
+Generators = int | torch.Generator | list[torch.Generator] | None
+
+
+@dataclass
+class DenoisingStep:
+    """What a step callback sees: the block after one solver step."""
+
+    block: int
+    """Index of the autoregressive block."""
+    step: int
+    """Index of the step inside the block."""
+    num_steps: int
+    timestep: Tensor
+    noisy: Tensor
+    """(B, L, D) after the step; clean once `step` is the last."""
+
+
+StepCallback = Callable[[DenoisingStep], Tensor | None]
+
+
+def generators_from_seed(seed: int, batch_size: int) -> list[torch.Generator]:
+    """One CPU stream per sample: sample i gets seed + i, so its picture does not depend on the batch it is in."""
+    return [torch.Generator().manual_seed(seed + index) for index in range(batch_size)]
+
+
+@torch.no_grad()
+def sample_blocks(
+    model: ACDiTTransformer,
+    scheduler: SchedulerMixin,
+    *,
+    class_labels: Tensor | Sequence[int] | None = None,
+    batch_size: int | None = None,
+    num_inference_steps: int | Sequence[int] = 25,
+    guidance_scale: float | Sequence[float] = 1.0,
+    guidance_interval: tuple[float, float] | None = None,
+    prefix: Tensor | None = None,
+    cache: KVCache | None = None,
+    num_blocks: int | None = None,
+    generator: Generators = None,
+    on_step: StepCallback | None = None,
+) -> Iterator[Tensor]:
+    """Generate block after block; each is yielded as soon as it is finished.
+
+    Args:
+        model: predicts; in any dtype. The solver's state is kept in fp32 or wider.
+        scheduler: any diffusers scheduler; copied, with a fresh state for every block.
+        class_labels: (B,), or (B, N) for a label per block of the grid; None: no label.
+        batch_size: B, where neither labels nor prefix nor cache tell it; default 1.
+        num_inference_steps: solver steps a block, or one number per block of the grid.
+        guidance_scale: s in u + s·(c − u) (classifier-free guidance); 1 is off and costs nothing. Or one per block.
+        guidance_interval: (low, high) timesteps, inclusive, outside which guidance is off (Kynkäänniemi et al. 2024).
+        prefix: (B, n, L, D) clean blocks to continue from; (1, n, L, D) serves all samples.
+        cache: to go on from (it may be forked); it is written to. Default: a new one.
+        num_blocks: how many blocks to generate; default: to the end of the grid.
+        generator: a list gives one stream per sample; a seed s gives sample i the seed s + i: the same picture
+            whatever batch it is in. A single `torch.Generator` draws for the whole batch, as in diffusers.
+        on_step: called after every solver step; a tensor it returns takes the place of the noisy block.
+
+    Yields:
+        (B, L, D), one finished block after another, in fp32 or wider.
+
+    Raises:
+        ConfigError: labels out of range, sequences of a wrong length, shapes that do not fit.
+    """
+    layout, device = model.layout, model.x_embedder.weight.device
+    dtype = model.x_embedder.weight.dtype
+    labels = _labels(model, class_labels)
+    batch = _batch_size(labels, batch_size, prefix, cache)
+    if isinstance(generator, int):
+        generator = generators_from_seed(generator, batch)
+    if isinstance(generator, list) and len(generator) != batch:
+        raise ConfigError("generator", found=f"{len(generator)} generators", expected=f"one per sample, {batch}")
+    held = cache.num_blocks if cache is not None else 0
+    first = held + (prefix.shape[1] if prefix is not None else 0)
+    count = layout.num_blocks - first if num_blocks is None else num_blocks
+    if count < 1:
+        raise ConfigError(
+            "prefix", found=f"{first} blocks given", expected=f"fewer than the grid's {layout.num_blocks}"
+        )
+    schedule = _BlockSchedule(layout.num_blocks, first + count, num_inference_steps, guidance_scale, labels)
+    if any(schedule.guidance(block) != 1.0 for block in range(first, first + count)) and labels is None:
+        raise ConfigError(
+            "guidance_scale", found="guidance without labels", expected="class_labels, or guidance_scale=1"
+        )
+    if cache is None:
+        cache = model.new_cache(batch, first + count - 1)
+    if prefix is not None:
+        model.prefill(prefix.expand(batch, -1, -1, -1).to(device, dtype), cache)
+    for block in range(first, first + count):
+        if block > first:
+            model.prefill(finished[:, None].to(dtype), cache)
+        noise = _noise((batch, layout.block_tokens, model.token_dim), generator, device).to(wide_dtype(dtype))
+        finished = _denoise_block(
+            model, scheduler, noise, block, schedule, guidance_interval, cache, generator, on_step
+        )
+        yield finished
+
+
+class _BlockSchedule:
+    """Steps, guidance and labels of each block, given once or per block."""
+
+    def __init__(
+        self,
+        num_blocks: int,
+        needed: int,
+        steps: int | Sequence[int],
+        guidance: float | Sequence[float],
+        labels: Tensor | None,
+    ) -> None:
+        for name, values in (("num_inference_steps", steps), ("guidance_scale", guidance)):
+            if isinstance(values, Sequence) and len(values) < needed:
+                raise ConfigError(name, found=f"{len(values)} values", expected=f"one per block, {num_blocks}")
+        if labels is not None and labels.ndim == 2 and labels.shape[1] < needed:
+            raise ConfigError(
+                "class_labels", found=f"{labels.shape[1]} blocks", expected=f"{num_blocks}, one per block"
+            )
+        self._steps, self._guidance, self._labels = steps, guidance, labels
+
+    def steps(self, block: int) -> int:
+        return self._steps[block] if isinstance(self._steps, Sequence) else self._steps
+
+    def guidance(self, block: int) -> float:
+        return float(self._guidance[block] if isinstance(self._guidance, Sequence) else self._guidance)
+
+    def labels(self, block: int) -> Tensor | None:
+        if self._labels is None or self._labels.ndim == 1:
+            return self._labels
+        return self._labels[:, block]
+
+
+def _denoise_block(
+    model: ACDiTTransformer,
+    scheduler: SchedulerMixin,
+    noise: Tensor,
+    block: int,
+    schedule: _BlockSchedule,
+    guidance_interval: tuple[float, float] | None,
+    cache: KVCache,
+    generator: Generators,
+    on_step: StepCallback | None,
+) -> Tensor:
+    solver = copy.deepcopy(scheduler)
+    solver.set_timesteps(schedule.steps(block), device=noise.device)
+    extra = {"generator": generator} if "generator" in inspect.signature(solver.step).parameters else {}
+    low, high = guidance_interval if guidance_interval is not None else (float("-inf"), float("inf"))
+    scale, labels = schedule.guidance(block), schedule.labels(block)
+    noisy = noise * solver.init_noise_sigma
+    for step, timestep in enumerate(solver.timesteps):
+        model_input = solver.scale_model_input(noisy, timestep) if hasattr(solver, "scale_model_input") else noisy
+        model_input = model_input.to(model.x_embedder.weight.dtype)
+        if scale != 1.0 and low <= float(timestep) <= high:
+            prediction = _guided(model, model_input, timestep, labels, cache, scale)
+        else:
+            prediction = model.denoise(model_input, timestep, labels, cache).to(noisy.dtype)
+        noisy = solver.step(prediction, timestep, noisy, return_dict=False, **extra)[0]
+        if on_step is not None:
+            replaced = on_step(DenoisingStep(block, step, len(solver.timesteps), timestep, noisy))
+            noisy = noisy if replaced is None else replaced
+    return noisy
+
+
+def _guided(
+    model: ACDiTTransformer, noisy: Tensor, timestep: Tensor, labels: Tensor | None, cache: KVCache, scale: float
+) -> Tensor:
+    """Classifier-free guidance: both branches in one batch, against one cache."""
+    assert labels is not None  # `sample_blocks` refuses guidance without labels
+    assert model.null_label is not None
+    both = torch.cat([labels, torch.full_like(labels, model.null_label)])
+    prediction = model.denoise(noisy.repeat(2, 1, 1), timestep, both, cache).to(wide_dtype(noisy.dtype))
+    conditional, unconditional = prediction.chunk(2)
+    return unconditional + scale * (conditional - unconditional)
+
+
+def _labels(model: ACDiTTransformer, class_labels: Tensor | Sequence[int] | None) -> Tensor | None:
+    if class_labels is None:
+        return None
+    labels = torch.as_tensor(class_labels, device=model.x_embedder.weight.device)
+    if model.null_label is None:
+        raise ConfigError("class_labels", found="labels", expected="None: this model is unconditional")
+    if labels.ndim not in (1, 2):
+        raise ConfigError("class_labels", found=f"shape {tuple(labels.shape)}", expected="(B,), or (B, N) per block")
+    if labels.is_floating_point() or bool(((labels < 0) | (labels > model.null_label)).any()):
+        raise ConfigError(
+            "class_labels",
+            found=str(labels.tolist()),
+            expected=f"integers 0 … {model.null_label - 1} ({model.null_label}: none)",
+        )
+    return labels
+
+
+def _batch_size(labels: Tensor | None, given: int | None, prefix: Tensor | None, cache: KVCache | None) -> int:
+    told = {
+        "class_labels": None if labels is None else labels.shape[0],
+        "batch_size": given,
+        "prefix": None if prefix is None or prefix.shape[0] == 1 else prefix.shape[0],
+        "cache": None if cache is None else cache.batch_size,
+    }
+    sizes = {name: size for name, size in told.items() if size is not None}
+    if len(set(sizes.values())) > 1:
+        raise ConfigError("batch size", found=str(sizes), expected="one number")
+    return next(iter(sizes.values()), 1)
+
+
+def _noise(shape: tuple[int, ...], generator: Generators, device: torch.device) -> Tensor:
+    """Standard normal fp32 draws, on the generator's device (the model's, without one)."""
+    if isinstance(generator, list):
+        rows = [torch.randn(shape[1:], generator=one, device=one.device) for one in generator]
+        return torch.stack([row.to(device) for row in rows])
+    if isinstance(generator, torch.Generator):
+        return torch.randn(shape, generator=generator, device=generator.device).to(device)
+    return torch.randn(shape, device=device)
