@@ -3,7 +3,8 @@
 from acdit.cache import KVCache
 from acdit.layout import BlockLayout
 from acdit.model import ACDiTTransformer
+from acdit.pipelines import ACDiTPipeline
 
 __version__ = "0.1.0"
 
-__all__ = ["ACDiTTransformer", "BlockLayout", "KVCache", "__version__"]
+__all__ = ["ACDiTPipeline", "ACDiTTransformer", "BlockLayout", "KVCache", "__version__"]

@@ -107,13 +107,13 @@ def sample_blocks(
     if prefix is not None:
         model.prefill(prefix.expand(batch, -1, -1, -1).to(device, dtype), cache)
     for block in range(first, first + count):
-        if block > first:
-            model.prefill(finished[:, None].to(dtype), cache)
         noise = _noise((batch, layout.block_tokens, model.token_dim), generator, device).to(wide_dtype(dtype))
         finished = _denoise_block(
             model, scheduler, noise, block, schedule, guidance_interval, cache, generator, on_step
         )
         yield finished
+        if block + 1 < first + count:  # the last block has no reader
+            model.prefill(finished[:, None].to(dtype), cache)
 
 
 class _BlockSchedule:
@@ -164,7 +164,7 @@ def _denoise_block(
     extra = {"generator": generator} if "generator" in inspect.signature(solver.step).parameters else {}
     low, high = guidance_interval if guidance_interval is not None else (float("-inf"), float("inf"))
     scale, labels = schedule.guidance(block), schedule.labels(block)
-    noisy = noise * solver.init_noise_sigma
+    noisy = noise * getattr(solver, "init_noise_sigma", 1.0)  # flow schedulers start from unit noise
     for step, timestep in enumerate(solver.timesteps):
         model_input = solver.scale_model_input(noisy, timestep) if hasattr(solver, "scale_model_input") else noisy
         model_input = model_input.to(model.x_embedder.weight.dtype)
