@@ -1,14 +1,15 @@
-"""What users load and call: model, scheduler and codec behind diffusers' conventions."""
+"""What users load and call: model, scheduler and codec behind diffusers' conventions.
 
-from __future__ import annotations
+Annotations are real objects in this file (no `from __future__`): diffusers reads them when it loads a pipeline, and
+looks up `ModelMixin` among this module's names.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.models.modeling_utils import ModelMixin  # noqa: F401 (diffusers looks it up in this module to load us)
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
@@ -42,7 +43,7 @@ class ACDiTPipeline(DiffusionPipeline):
         self,
         transformer: ACDiTTransformer,
         scheduler: SchedulerMixin,
-        vae: AutoencoderKL | None = None,
+        vae: ModelMixin | None = None,
         pixel_mean: float = 0.5,
         pixel_std: float = 0.5,
         id2label: dict[str, str] | None = None,
@@ -197,7 +198,7 @@ class ACDiTPipeline(DiffusionPipeline):
                 "output_type",
                 found=f"a latent model ({self.transformer.config.in_channels} channels) without its vae",
                 expected='output_type="latent", or a pipeline with a vae',
-                fix="give the autoencoder the model was trained with: ACDiTPipeline(…, vae=AutoencoderKL.from_pretrained(…))",
+                fix="build the pipeline with the autoencoder of the training: vae=AutoencoderKL.from_pretrained(…)",
             )
 
     def _prefix_blocks(self, prefix: Tensor | None, num_prefix_blocks: int | None) -> Tensor | None:
