@@ -18,13 +18,13 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
@@ -79,12 +79,18 @@ class Streams:
         noisy = index - self.num_clean
         return torch.where(noisy < 0, index, noisy % self.num_blocks)
 
-    def rows_of_block(self, block: int, first_query: int) -> list[int]:
-        """Query rows (counted from `first_query` on the block axis) that belong to autoregressive block `block`."""
-        rows = [self.num_clean + copy * self.num_blocks + block for copy in range(self.copies)]
-        if block < self.num_clean:
-            rows.insert(0, block)
-        return [row - first_query for row in rows if row >= first_query]
+    def prefix_readers(self, first_query: int) -> Iterator[tuple[int, list[int]]]:
+        """Autoregressive blocks that read a clean prefix, each with its query rows in all streams.
+
+        Rows are counted from `first_query` on the block axis; the prefix of block i is clean blocks 0 … i−1.
+        """
+        for block in range(1, self.num_blocks if self.num_clean else 1):
+            rows = [self.num_clean + copy * self.num_blocks + block for copy in range(self.copies)]
+            if block < self.num_clean:
+                rows.insert(0, block)
+            rows = [row - first_query for row in rows if row >= first_query]
+            if rows:
+                yield block, rows
 
 
 def dense_mask(streams: Streams, first_query: int = 0, device: torch.device | str | None = None) -> Tensor:
@@ -156,7 +162,7 @@ def skip_causal_attention(q: Tensor, k: Tensor, v: Tensor, streams: Streams, exe
     chosen = choose_execution(execution, q.device, requires_grad)
     if chosen == "sdpa" or streams.num_clean == 0:
         if q.device.type == "cpu":
-            return _BlockwiseFlash.apply(q, k, v, streams)
+            return _blockwise_attention(q, k, v, streams.num_clean, streams.num_blocks, streams.copies)[0]
         return _blockwise_rebuilt(q, k, v, streams)
     queries, keys, values = (part.flatten(1, 2).transpose(1, 2) for part in (q, k, v))
     if chosen == "flex":
@@ -202,68 +208,108 @@ def _merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> tuple[Te
     return merged, total
 
 
-class _BlockwiseFlash(torch.autograd.Function):
+# The two functions below are registered as operators so that torch.compile sees one node instead of N unrolled calls.
+
+
+@torch.library.custom_op("acdit::blockwise_attention", mutates_args=(), device_types="cpu")
+def _blockwise_attention(
+    q: Tensor, k: Tensor, v: Tensor, num_clean: int, num_blocks: int, copies: int
+) -> tuple[Tensor, Tensor]:
     """The sdpa execution on CPU: own blocks in one call, clean prefixes one call a block, merged by log-sum-exp.
 
-    The backward of a partial attention is exact when it is given the *merged* output and log-sum-exp (softmax weights
-    are exp(qk − lse) whatever subset of keys is at hand), so nothing but q, k, v, the output and lse is kept: O(S).
+    Returns:
+        The output like q, and the log-sum-exp (B, M_q, L, H, 1).
     """
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, streams: Streams) -> Tensor:
-        first_query = streams.total - q.shape[1]
-        own_out, own_lse = _flash(q.flatten(0, 1), k[:, first_query:].flatten(0, 1), v[:, first_query:].flatten(0, 1))
-        out, lse = own_out.reshape(q.shape), own_lse.unflatten(0, q.shape[:2])
-        if streams.num_clean:
-            out, lse = out.contiguous(), lse.contiguous()
-            for block in range(1, streams.num_blocks):
-                rows = streams.rows_of_block(block, first_query)
-                if not rows:
-                    continue
-                prefix_out, prefix_lse = _flash(
-                    _gather(q, rows).flatten(1, 2), k[:, :block].flatten(1, 2), v[:, :block].flatten(1, 2)
-                )
-                shape = (len(rows), streams.block_tokens)
-                merged, total = _merge(
-                    _gather(out, rows), _gather(lse, rows),
-                    prefix_out.unflatten(1, shape), prefix_lse.unflatten(1, shape),
-                )  # fmt: skip
-                for place, row in enumerate(rows):
-                    out[:, row] = merged[:, place]
-                    lse[:, row] = total[:, place]
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.streams = streams
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
-        streams: Streams = ctx.streams
-        first_query = streams.total - q.shape[1]
-        own = _flash_backward(
-            *(part.flatten(0, 1) for part in (grad, q, k[:, first_query:], v[:, first_query:], out, lse))
+    streams = Streams(num_clean, num_blocks, copies, q.shape[2])
+    first_query = streams.total - q.shape[1]
+    own_out, own_lse = _flash(q.flatten(0, 1), k[:, first_query:].flatten(0, 1), v[:, first_query:].flatten(0, 1))
+    out, lse = own_out.reshape(q.shape).contiguous(), own_lse.unflatten(0, q.shape[:2]).contiguous()
+    for block, rows in streams.prefix_readers(first_query):
+        prefix_out, prefix_lse = _flash(
+            _gather(q, rows).flatten(1, 2), k[:, :block].flatten(1, 2), v[:, :block].flatten(1, 2)
         )
-        grad_q, own_k, own_v = (part.unflatten(0, q.shape[:2]) for part in own)
-        # Sums over many readers are kept in fp32 or wider.
-        wide = torch.promote_types(q.dtype, torch.float32)
-        grad_q = grad_q.to(wide, copy=True)
-        grad_k, grad_v = own_k.new_zeros(k.shape, dtype=wide), own_v.new_zeros(v.shape, dtype=wide)
-        grad_k[:, first_query:] += own_k
-        grad_v[:, first_query:] += own_v
-        for block in range(1, streams.num_blocks) if streams.num_clean else ():
-            rows = streams.rows_of_block(block, first_query)
-            if not rows:
-                continue
-            prefix_k, prefix_v = k[:, :block].flatten(1, 2), v[:, :block].flatten(1, 2)
-            part_grad, part_q, part_out, part_lse = (_gather(part, rows).flatten(1, 2) for part in (grad, q, out, lse))
-            step_q, step_k, step_v = _flash_backward(part_grad, part_q, prefix_k, prefix_v, part_out, part_lse)
-            step_q = step_q.unflatten(1, (len(rows), streams.block_tokens))
-            for place, row in enumerate(rows):
-                grad_q[:, row] += step_q[:, place]
-            grad_k[:, :block] += step_k.unflatten(1, (block, streams.block_tokens))
-            grad_v[:, :block] += step_v.unflatten(1, (block, streams.block_tokens))
-        return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), None
+        shape = (len(rows), streams.block_tokens)
+        merged, total = _merge(
+            _gather(out, rows), _gather(lse, rows), prefix_out.unflatten(1, shape), prefix_lse.unflatten(1, shape)
+        )
+        for place, row in enumerate(rows):
+            out[:, row] = merged[:, place]
+            lse[:, row] = total[:, place]
+    return out, lse
+
+
+@torch.library.custom_op("acdit::blockwise_attention_backward", mutates_args=(), device_types="cpu")
+def _blockwise_attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    num_clean: int,
+    num_blocks: int,
+    copies: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v.
+
+    The backward of a partial attention is exact when it is given the *merged* output and log-sum-exp (softmax weights
+    are exp(qk − lse) whatever subset of the keys is at hand), so nothing but q, k, v, the output and lse is kept: O(S).
+    """
+    streams = Streams(num_clean, num_blocks, copies, q.shape[2])
+    first_query = streams.total - q.shape[1]
+    own = _flash_backward(*(part.flatten(0, 1) for part in (grad, q, k[:, first_query:], v[:, first_query:], out, lse)))
+    own_q, own_k, own_v = (part.unflatten(0, q.shape[:2]) for part in own)
+    # Sums over many readers are kept in fp32 or wider.
+    wide = torch.promote_types(q.dtype, torch.float32)
+    grad_q = own_q.to(wide, copy=True)
+    grad_k, grad_v = k.new_zeros(k.shape, dtype=wide), v.new_zeros(v.shape, dtype=wide)
+    grad_k[:, first_query:] = own_k
+    grad_v[:, first_query:] = own_v
+    for block, rows in streams.prefix_readers(first_query):
+        part_grad, part_q, part_out, part_lse = (_gather(part, rows).flatten(1, 2) for part in (grad, q, out, lse))
+        step_q, step_k, step_v = _flash_backward(
+            part_grad, part_q, k[:, :block].flatten(1, 2), v[:, :block].flatten(1, 2), part_out, part_lse
+        )
+        step_q = step_q.unflatten(1, (len(rows), streams.block_tokens))
+        for place, row in enumerate(rows):
+            grad_q[:, row] += step_q[:, place]
+        grad_k[:, :block] += step_k.unflatten(1, (block, streams.block_tokens))
+        grad_v[:, :block] += step_v.unflatten(1, (block, streams.block_tokens))
+    return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype)
+
+
+@_blockwise_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, num_clean: int, num_blocks: int, copies: int) -> tuple[Tensor, Tensor]:
+    lse_dtype = torch.promote_types(q.dtype, torch.float32)
+    return q.new_empty(q.shape), q.new_empty((*q.shape[:-1], 1), dtype=lse_dtype)
+
+
+@_blockwise_attention_backward.register_fake
+def _(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    num_clean: int,
+    num_blocks: int,
+    copies: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, *ctx.streams = inputs
+    ctx.save_for_backward(q, k, v, *output)
+
+
+def _backward(ctx: Any, grad: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+    grads = _blockwise_attention_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.streams)
+    return (*grads, None, None, None)
+
+
+_blockwise_attention.register_autograd(_backward, setup_context=_save_for_backward)
 
 
 def _gather(x: Tensor, rows: list[int]) -> Tensor:
