@@ -1,0 +1,56 @@
+"""KVCache: memory, room, forking."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from acdit import KVCache
+from acdit.errors import ConfigError
+from tests.conftest import blocks_like, tiny_model
+
+
+def test_one_cache_for_both_guidance_branches_takes_half_the_memory() -> None:
+    """ACDiT-XL, 1024 tokens in 4 blocks, bf16: 28 layers × 2 × 768 tokens × 1152 × 2 bytes = 99 MB a sample."""
+    options = {"num_layers": 28, "max_tokens": 768, "num_heads": 18, "head_dim": 64, "block_tokens": 256}
+    shared = KVCache(batch_size=1, dtype=torch.bfloat16, device="meta", **options)
+    duplicated = KVCache(batch_size=2, dtype=torch.bfloat16, device="meta", **options)
+    assert shared.nbytes == 28 * 2 * 768 * 1152 * 2 == 99_090_432
+    assert duplicated.nbytes == 2 * shared.nbytes
+
+
+def test_a_full_cache_says_so_and_stays_as_it_was() -> None:
+    model = tiny_model()
+    cache = model.new_cache(1, num_blocks=1)
+    clean = blocks_like(model, 1)
+    model.prefill(clean[:, :1], cache)
+    with pytest.raises(ConfigError, match="KVCache is full"):
+        model.prefill(clean[:, 1:2], cache)
+    assert cache.num_blocks == 1
+
+
+def test_forks_share_the_past_and_not_the_future() -> None:
+    model = tiny_model()
+    clean, noisy = blocks_like(model, 2), blocks_like(model, 6)
+    parent = model.new_cache(2)
+    model.prefill(clean[:, :1], parent)
+    child = parent.fork(3)
+    assert child.num_blocks == 1
+    alone = model.denoise(noisy[:2, 1], 500, None, parent)
+    together = model.denoise(noisy[[0, 0, 0, 1, 1, 1], 1], 500, None, child)
+    torch.testing.assert_close(together[[0, 3]], alone, rtol=0, atol=1e-12)
+    model.prefill(noisy[:, 1:2], child)
+    assert parent.num_blocks == 1
+    torch.testing.assert_close(model.denoise(noisy[:2, 1], 500, None, parent), alone, rtol=0, atol=0)
+
+
+def test_denoising_does_not_touch_the_cache() -> None:
+    model = tiny_model()
+    cache = model.new_cache(1)
+    clean = blocks_like(model, 1)
+    model.prefill(clean[:, :2], cache)
+    before = [part.clone() for layer in range(cache.num_layers) for part in cache.prefix(layer)]
+    model.denoise(clean[:, 2] + 1, 300, torch.tensor([1]), cache)
+    after = [part for layer in range(cache.num_layers) for part in cache.prefix(layer)]
+    assert cache.num_blocks == 2
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
