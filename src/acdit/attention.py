@@ -158,7 +158,7 @@ def skip_causal_attention(q: Tensor, k: Tensor, v: Tensor, streams: Streams, exe
         (B, M_q, L, H, K), contiguous.
     """
     first_query = streams.total - q.shape[1]
-    requires_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    requires_grad = q.requires_grad or k.requires_grad or v.requires_grad
     chosen = choose_execution(execution, q.device, requires_grad)
     if chosen == "sdpa" or streams.num_clean == 0:
         if q.device.type == "cpu":

@@ -1,0 +1,44 @@
+# Every target makes its own environment: a fresh clone needs nothing but python3 (3.10 or newer) and make.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# One marker file says that the environment holds what pyproject.toml and constraints.txt ask for.
+READY := $(VENV)/.ready
+REFERENCE ?=
+
+.PHONY: venv demo test test-all lint format bench clean
+
+venv: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@# torch first and pinned: a bare request for it can pull several gigabytes of CUDA.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(READY)
+	$(BIN)/acdit demo --output runs/demo
+
+test: $(READY)
+	$(BIN)/python -m pytest -m "not campaign"
+
+test-all: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(READY)
+	$(BIN)/python benchmarks/bench.py $(if $(REFERENCE),--reference $(REFERENCE))
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
