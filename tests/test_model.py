@@ -10,7 +10,8 @@ from torch._dynamo.utils import counters
 
 from acdit import ACDiTTransformer, BlockLayout
 from acdit.errors import ConfigError
-from acdit.model import PRESETS, RMSNorm, TimestepEmbedder
+from acdit.layers import RMSNorm, TimestepEmbedder
+from acdit.model import PRESETS
 from tests.conftest import blocks_like, tiny_model
 
 LAYOUTS = {
@@ -228,6 +229,20 @@ def test_norms_and_timesteps_are_computed_wide() -> None:
     assert not torch.equal(embedder(torch.tensor([999.0])), embedder(torch.tensor([998.0])))
 
 
+@pytest.mark.parametrize("width", [1, 7, 64])
+def test_the_written_out_norm_equals_torchs(width: int) -> None:
+    x = torch.randn(3, 5, width, dtype=torch.float64, requires_grad=True)
+    norm = RMSNorm(width).double()
+    torch.nn.init.normal_(norm.weight)
+    expected = torch.nn.functional.rms_norm(x, (width,), norm.weight, norm.eps)
+    out, upstream = norm(x), torch.randn(3, 5, width, dtype=torch.float64)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-13)
+    grads = torch.autograd.grad(out, (x, norm.weight), upstream)
+    expected_grads = torch.autograd.grad(expected, (x, norm.weight), upstream)
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(grad, expected_grad, rtol=0, atol=1e-12)
+
+
 def test_bf16_weights_and_autocast_stay_close() -> None:
     model = tiny_model(dtype=torch.float32)
     clean, noisy = blocks_like(model, 2), blocks_like(model, 2)
@@ -298,7 +313,7 @@ def test_compiled_verbs_have_no_graph_breaks_and_at_most_three_graphs() -> None:
 
 
 def test_the_compiled_forward_has_no_graph_break() -> None:
-    model = tiny_model(dtype=torch.float32)
+    model = tiny_model()
     clean, noisy = blocks_like(model, 2), blocks_like(model, 2, 2)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from acdit import attention, draws, model, rope, sampling
+from acdit import attention, draws, layers, rope, sampling
 from acdit.attention import CLEAN, Streams
+from acdit.layers import ACDiTLayer, Modulation
 from acdit.layout import BlockLayout
-from acdit.model import ACDiTLayer, ACDiTTransformer, Modulation
+from acdit.model import ACDiTTransformer
 from tests import test_attention, test_cache, test_draws, test_layout, test_model, test_rope, test_sampling
 from tests.corruption import test_gaussian
 
@@ -42,7 +43,7 @@ def merge_without_weights(patch: pytest.MonkeyPatch) -> None:
 
 
 def noisy_keys_in_the_cache(patch: pytest.MonkeyPatch) -> None:
-    attend = model.attend_prefix_and_own
+    attend = layers.attend_prefix_and_own
 
     def overwriting(
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pk: torch.Tensor, pv: torch.Tensor
@@ -50,7 +51,7 @@ def noisy_keys_in_the_cache(patch: pytest.MonkeyPatch) -> None:
         pk[:, -k.shape[1] :] = k
         return attend(q, k, v, pk, pv)
 
-    patch.setattr(model, "attend_prefix_and_own", overwriting)
+    patch.setattr(layers, "attend_prefix_and_own", overwriting)
 
 
 def label_leaks_into_the_clean_stream(patch: pytest.MonkeyPatch) -> None:
@@ -93,8 +94,8 @@ def axes_mixed_by_the_rotation(patch: pytest.MonkeyPatch) -> None:
 
 
 def timestep_rounded_to_bf16(patch: pytest.MonkeyPatch) -> None:
-    embed = model.TimestepEmbedder.forward
-    patch.setattr(model.TimestepEmbedder, "forward", lambda self, t: embed(self, t.bfloat16()))
+    embed = layers.TimestepEmbedder.forward
+    patch.setattr(layers.TimestepEmbedder, "forward", lambda self, t: embed(self, t.bfloat16()))
 
 
 def guidance_the_wrong_way_round(patch: pytest.MonkeyPatch) -> None:
