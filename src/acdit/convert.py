@@ -1,0 +1,400 @@
+"""A checkpoint of the reference (thunlp/ACDiT, a pickle in a zip) → a model folder that `ACDiTPipeline` loads.
+
+The one place of this project that reads pickle, and the only one that is handed files from strangers:
+
+- the archive is checked before anything is read from it: stored entries only, no more bytes than the file has;
+- the pickle's instructions are listed without running them and must name tensors, dicts and `argparse.Namespace` only;
+- `torch.load(weights_only=True)` then reads it, with `argparse.Namespace` the only class added to torch's own;
+- of the namespace, a typed list of fields is used; every other field is reported as ignored;
+- names, shapes and dtypes of all weights must fit a model of the sizes they imply; all misfits are listed at once.
+
+Nothing is written unless all of it holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import math
+import pickletools
+import re
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor, nn
+
+from acdit.corruption.gaussian import GaussianCorruption
+from acdit.errors import ConfigError, DataError
+from acdit.model import ACDiTTransformer
+from acdit.storage import atomic_directory
+
+logger = logging.getLogger(__name__)
+
+RENAMED = (
+    # part of our name (a pattern), the reference's; every other part of a name is the same
+    (r"^y_embedder\.", "y_embedder.embedding_table."),
+    (r"^layers\.", "blocks."),
+    (r"\.modulation\.", ".adaLN_modulation."),
+    (r"^final_layer\.norm\.", "final_layer.norm_final."),
+)
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_MAX_PICKLE_BYTES = 64 * 2**20
+_MAX_EXTENT = 65536
+_ALLOWED_GLOBALS = frozenset(
+    [
+        "argparse Namespace",
+        "collections OrderedDict",
+        "torch._utils _rebuild_tensor_v2",
+        "torch._utils _rebuild_parameter",
+        *(f"torch {kind}Storage" for kind in ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Bool")),
+    ]
+)
+_IMPORTING_OPCODES = ("INST", "STACK_GLOBAL", "EXT1", "EXT2", "EXT4")
+
+
+@dataclass(frozen=True)
+class ReferenceCheckpoint:
+    """What a checkpoint holds, checked: the arguments of our model and its weights under our names."""
+
+    config: dict[str, Any]
+    weights: dict[str, Tensor]
+    dtype: torch.dtype
+    ignored_fields: tuple[str, ...]
+    """Fields of the checkpoint's arguments that say nothing about the model."""
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(value.numel() for value in self.weights.values())
+
+
+def reference_name(name: str) -> str:
+    """The reference's name of one of our parameters."""
+    for ours, theirs in RENAMED:
+        name = re.sub(ours, theirs, name)
+    return name
+
+
+def to_reference_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """A model's weights under the reference's names."""
+    return {reference_name(name): value for name, value in model.state_dict().items()}
+
+
+def convert_reference(checkpoint: str | Path, output: str | Path, weights: str = "model") -> ReferenceCheckpoint:
+    """Convert a checkpoint of the reference to a model folder that `ACDiTPipeline.from_pretrained` loads.
+
+    The folder holds transformer and scheduler and appears at once, or not at all. Models of latents need their
+    autoencoder when pictures are wanted: `ACDiTPipeline.from_pretrained(output, vae=AutoencoderKL.from_pretrained(…))`.
+
+    Args:
+        checkpoint: the reference's `.pt`.
+        output: the folder to make; it must not exist.
+        weights: which entry of the checkpoint: "model", or "ema" where the reference's training saved one.
+
+    Returns:
+        What was read, with the fields that were ignored.
+
+    Raises:
+        DataError: the file is not such a checkpoint, is unsafe to read, or its weights do not fit; nothing is written.
+        StorageError: the folder exists or cannot be written.
+    """
+    read = read_reference(checkpoint, weights)
+    with torch.device("meta"):
+        transformer = ACDiTTransformer(**read.config)
+    transformer.load_state_dict(read.weights, assign=True)
+    # What the pipeline itself writes; pipelines stand above this file.
+    index = {
+        "_class_name": "ACDiTPipeline", "_diffusers_version": diffusers.__version__, "id2label": None,
+        "pixel_mean": 0.5, "pixel_std": 0.5, "vae": [None, None],
+        "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
+        "transformer": ["acdit.model", "ACDiTTransformer"],
+    }  # fmt: skip
+    with atomic_directory(Path(output)) as folder:
+        transformer.save_pretrained(folder / "transformer")
+        GaussianCorruption().sampling_scheduler().save_pretrained(folder / "scheduler")
+        (folder / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    if read.ignored_fields:
+        logger.info("%s: fields that say nothing about the model: %s", checkpoint, ", ".join(read.ignored_fields))
+    return read
+
+
+def read_reference(checkpoint: str | Path, weights: str = "model") -> ReferenceCheckpoint:
+    """Read and check a checkpoint (arguments and errors as in `convert_reference`); its weights are views of the file."""
+    path = Path(checkpoint)
+    content = _load(path)
+    if not isinstance(content, dict) or type(content.get("args")) is not argparse.Namespace:
+        raise DataError(
+            f"{path}: not a checkpoint of the reference",
+            found=_describe(content),
+            expected='a dict with "args" (argparse.Namespace) and "model" (a state dict)',
+        )
+    if not isinstance(content.get(weights), dict):
+        raise DataError(f'{path}: no "{weights}" state dict', found=_describe(content), fix='weights="model" or "ema"')
+    fields, ignored = _typed_fields(path, vars(content["args"]))
+    state = _plain_tensors(path, content[weights])
+    config = {**_layout(path, fields), **_sizes(path, state)}
+    ours = _fitted(path, config, state)
+    return ReferenceCheckpoint(config, ours, next(iter(ours.values())).dtype, ignored)
+
+
+# --- reading a file from a stranger ------------------------------------------------------------------------------
+
+
+def _load(path: Path) -> Any:
+    """The unpickled content, or DataError; executes nothing the file says, whatever the environment says."""
+    _require_plain_archive(path)
+    try:
+        with _namespace_only():
+            # Written out: an explicit weights_only cannot be overridden by TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD.
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # the unpickler raises whatever a broken stream makes it raise
+        raise DataError(
+            f"{path}: refused by torch.load(weights_only=True)", found=_shortened(error), expected="tensors and dicts"
+        ) from None
+
+
+@contextlib.contextmanager
+def _namespace_only() -> Iterator[None]:
+    """`argparse.Namespace` as the only addition to torch's own list; what others added is put back afterwards."""
+    held = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    try:
+        torch.serialization.add_safe_globals([argparse.Namespace])
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(held)
+
+
+def _require_plain_archive(path: Path) -> None:
+    """Check the zip and list the pickle's instructions, before anything is unpacked or run."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            _require_stored(path, entries, path.stat().st_size)
+            damaged = archive.testzip()
+            if damaged is not None:
+                raise DataError(f"{path}: entry {damaged!r} is damaged", found="a wrong checksum", fix="get it again")
+            pickles = [entry for entry in entries if re.fullmatch(r"[^/]+/data\.pkl", entry.filename)]
+            if len(pickles) != 1 or archive.comment or pickles[0].file_size > _MAX_PICKLE_BYTES:
+                raise DataError(f"{path}: not what torch.save writes", expected=f"one data.pkl ≤ {_MAX_PICKLE_BYTES} B")
+            _require_known_globals(path, archive.read(pickles[0]))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read", found=_shortened(error), fix="give the path of a .pt file") from None
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, UnicodeError) as error:
+        raise DataError(
+            f"{path}: not a checkpoint of torch ≥ 1.6",
+            found=_shortened(error),
+            expected="the zip archive that torch.save writes",
+        ) from None
+
+
+def _require_stored(path: Path, entries: list[zipfile.ZipInfo], size: int) -> None:
+    packed = [entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
+    if packed:
+        raise DataError(
+            f"{path}: compressed entries", found=str(packed[:3]), expected="stored entries, as torch.save writes them"
+        )
+    if sum(entry.file_size for entry in entries) > size:
+        raise DataError(f"{path}: entries claim more bytes than the file has", expected=f"at most {size}")
+    names = [entry.filename for entry in entries]
+    roots = {name.split("/")[0] for name in names}
+    if len(set(names)) != len(names) or len(roots) != 1:
+        raise DataError(f"{path}: doubled entries or several roots", expected="one of each, under one root")
+
+
+def _require_known_globals(path: Path, pickled: bytes) -> None:
+    unknown: set[str] = set()
+    try:
+        for opcode, argument, _ in pickletools.genops(pickled):
+            if opcode.name in _IMPORTING_OPCODES:
+                unknown.add(f"{opcode.name} instruction")
+            elif opcode.name == "GLOBAL" and argument not in _ALLOWED_GLOBALS:
+                unknown.add(str(argument))
+    except Exception as error:  # a broken stream makes it raise anything
+        raise DataError(f"{path}: data.pkl is broken", found=_shortened(error)) from None
+    if unknown:
+        raise DataError(
+            f"{path}: refused, its pickle names what weights have no use for",
+            found=_printable(", ".join(sorted(unknown)[:8])),
+            expected="tensors, dicts and argparse.Namespace only",
+            fix="do not load this file with anything else either, unless you made it yourself",
+        )
+
+
+# --- what its arguments say ---------------------------------------------------------------------------------------
+
+_REQUIRED = (
+    "image_size", "vae_patch_pixels", "patch_size", "vae_latent_size", "block_size", "ar_len", "num_frames",
+)  # fmt: skip
+_OPTIONAL: dict[str, tuple[type, ...]] = {"nd_split": (str, type(None)), "square_block": (bool,), "dataset": (str,)}
+
+
+def _typed_fields(path: Path, given: Mapping[Any, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    wrong: list[str] = []
+    for name in _REQUIRED:
+        value = given.get(name)
+        if type(value) is not int or not 1 <= value <= _MAX_EXTENT:
+            wrong.append(f"{name}={_describe(value) if name in given else 'missing'} (an int, 1 … {_MAX_EXTENT})")
+    for name, types in _OPTIONAL.items():
+        if name in given and type(given[name]) not in types:
+            wrong.append(f"{name}={_describe(given[name])} (one of {[kind.__name__ for kind in types]})")
+    split = given.get("nd_split")
+    if type(split) is str and not re.fullmatch(r"[1-9]\d?(_[1-9]\d?){1,2}", split):
+        wrong.append(f"nd_split={_describe(split)} (parts like 2_3_3)")
+    if wrong:
+        raise DataError(f"{path}: args", found="; ".join(wrong), expected="the fields of the reference's training")
+    known = (*_REQUIRED, *_OPTIONAL)
+    ignored = sorted(_printable(name)[:80] if type(name) is str else _describe(name) for name in given)
+    return {name: given[name] for name in known if name in given}, tuple(name for name in ignored if name not in known)
+
+
+def _layout(path: Path, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Grid, block and patch. Images: squares, in raster order; videos: spans of the raster, whole frames or parts."""
+    frames, patch, tokens = fields["num_frames"], fields["patch_size"], fields["block_size"]
+    side = fields["image_size"] // fields["vae_patch_pixels"] // patch
+    if side < 1 or tokens * fields["ar_len"] != frames * side**2:
+        raise DataError(
+            f"{path}: args do not add up",
+            found=f"block_size {tokens} × ar_len {fields['ar_len']}",
+            expected=f"num_frames {frames} × {side}² tokens a frame",
+        )
+    axes = (frames, side, side) if frames > 1 else (side, side)
+    patches = (1, patch, patch) if frames > 1 else (patch, patch)
+    split = [int(part) for part in fields["nd_split"].split("_")] if fields.get("nd_split") else None
+    if split is not None and len(split) != len(axes):
+        raise DataError(f"{path}: args", found=f"nd_split {split}", expected=f"{len(axes)} parts")
+    # As its sampling scripts do: videos in raster order whatever square_block says, images in squares unless their
+    # training says twice that it was otherwise.
+    rows = not fields.get("square_block", True) and fields.get("dataset", "ImageNet") != "ImageNet"
+    if frames > 1 or rows:
+        block = _raster_span(path, tokens, axes)
+    else:
+        edge = math.isqrt(tokens)
+        if edge**2 != tokens or side % edge:
+            raise DataError(f"{path}: args", found=f"block_size {tokens}", expected=f"a square that divides {axes}")
+        block = (edge, edge)
+    grid = tuple(extent * size for extent, size in zip(axes, patches, strict=True))
+    channels = fields["vae_latent_size"]
+    return {
+        "grid": grid, "block": block, "patch": patches, "in_channels": channels,
+        "rope": "reference", "rope_split": split,
+    }  # fmt: skip
+
+
+def _raster_span(path: Path, tokens: int, axes: tuple[int, ...]) -> tuple[int, ...]:
+    """The rectangle that `tokens` consecutive tokens of a raster are: whole frames, whole rows, or a part of a row."""
+    block: list[int] = []
+    left = tokens
+    for extent in reversed(axes):
+        size = math.gcd(left, extent) if left % extent else extent
+        block.append(size)
+        left //= size
+        if size != extent and left != 1:
+            break
+    if left != 1:
+        raise DataError(f"{path}: args", found=f"block_size {tokens}", expected=f"whole frames or rows of {axes}")
+    return tuple(reversed(block))
+
+
+# --- its weights --------------------------------------------------------------------------------------------------
+
+
+def _plain_tensors(path: Path, state: Mapping[Any, Any]) -> dict[str, Tensor]:
+    """The state dict, once every value is an ordinary dense tensor that lies in the file, of one floating dtype."""
+    wrong = [_describe(name) for name, value in state.items() if type(name) is not str or not _is_plain(value)]
+    if wrong or not state:
+        raise DataError(f"{path}: weights", found=", ".join(wrong[:8]) or "none", expected="dense tensors under names")
+    tensors = {name: value.detach() for name, value in state.items()}
+    dtypes = {value.dtype for value in tensors.values()}
+    if len(dtypes) != 1 or not dtypes <= set(FLOATS):
+        raise DataError(f"{path}: weights", found=str(dtypes), expected=f"one dtype for all, of {FLOATS}")
+    if sum(value.nbytes for value in tensors.values()) > path.stat().st_size:
+        raise DataError(f"{path}: weights share memory: they are larger than the file")
+    infinite = [name for name, value in tensors.items() if not bool(torch.isfinite(value).all())]
+    if infinite:
+        raise DataError(f"{path}: NaN or infinite weights", found=", ".join(infinite)[:300], expected="finite numbers")
+    return tensors
+
+
+def _is_plain(value: Any) -> bool:
+    if type(value) not in (Tensor, nn.Parameter) or value.layout is not torch.strided or value.is_quantized:
+        return False
+    return value.device.type == "cpu" and value.is_contiguous()
+
+
+def _sizes(path: Path, state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Width, depth, heads and classes from the shapes; names of presets are not trusted."""
+    depth = len({match[1] for name in state if (match := re.match(r"blocks\.(\d+)\.", name))})
+    # Two-dimensional tensors of the file bound every size that is inferred, so nothing large can be asked for.
+    proj, q_norm, fc1 = (f"blocks.0.{name}.weight" for name in ("attn.proj", "attn.q_norm", "mlp.fc1"))
+    table = "y_embedder.embedding_table.weight"
+    wanted = {"x_embedder.weight": 2, table: 2, proj: 2, q_norm: 1, fc1: 2}
+    wrong = [
+        f"{name}: {tuple(state[name].shape) if name in state else 'missing'}"
+        for name, ndim in wanted.items()
+        if name not in state or state[name].ndim != ndim or 0 in state[name].shape
+    ]
+    if wrong:
+        raise DataError(f"{path}: weights", found="; ".join(wrong), expected="the names of the reference's models")
+    width, head_dim = state[proj].shape[0], state[q_norm].shape[0]
+    if width % head_dim:
+        raise DataError(f"{path}: weights", found=f"width {width}, heads of {head_dim}", expected="whole heads")
+    return {
+        "num_layers": depth,
+        "num_attention_heads": width // head_dim,
+        "attention_head_dim": head_dim,
+        "mlp_ratio": state[fc1].shape[0] / width,
+        "num_classes": state[table].shape[0] - 1,
+    }
+
+
+def _fitted(path: Path, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights under our names, once names and shapes are exactly those of the model that `config` describes."""
+    try:
+        with torch.device("meta"):
+            shapes = {name: tuple(value.shape) for name, value in ACDiTTransformer(**config).state_dict().items()}
+    except ConfigError as error:
+        raise DataError(f"{path}: args and weights do not go together", found=str(error)) from None
+    expected = {reference_name(name): shape for name, shape in shapes.items()}
+    found = {name: tuple(value.shape) for name, value in state.items()}
+    misfits = [f"missing {name}" for name in expected if name not in found]
+    misfits += [f"extra {name[:120]!r}" for name in found if name not in expected]
+    common = [name for name in expected if name in found]
+    misfits += [f"{name} is {found[name]}, not {expected[name]}" for name in common if found[name] != expected[name]]
+    if misfits:
+        raise DataError(
+            f"{path}: {len(misfits)} weights do not fit",
+            found="; ".join(misfits),
+            expected=f"those of {config['num_layers']} layers × {config['num_attention_heads']} heads and its layout",
+            fix="nothing was written; convert the checkpoint as the reference's training saved it",
+        )
+    return {name: state[reference_name(name)] for name in shapes}
+
+
+def _describe(value: Any) -> str:
+    """A value in few words: a file from a stranger must not choose how long a message gets."""
+    if value is None or type(value) is bool or (type(value) is int and abs(value) < 10**12):
+        return repr(value)
+    if type(value) is str:
+        return repr(value[:80])
+    if type(value) is dict:
+        return f"a dict with {[key[:40] for key in list(value)[:8] if isinstance(key, str)]}"
+    return f"a {type(value).__name__}"
+
+
+def _shortened(error: BaseException) -> str:
+    # torch's own message recommends to load the file without protection: only what it found is repeated.
+    found = str(error).split("WeightsUnpickler error:")[-1].split(" Please use ")[0]
+    return f"{type(error).__name__}: {_printable(found)}"
+
+
+def _printable(text: str) -> str:
+    """Without the control characters that could repaint a terminal."""
+    return "".join(character if character.isprintable() else " " for character in text[:300]).strip()
