@@ -158,7 +158,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.preset": ("B", "L", "XL", "H"),
     "model.rope": ("axial", "reference"),
     "data.kind": ("digits", "images", "idx"),
-    "data.split": ("train", "test"),
+    "data.split": ("train", "test", "held_out"),
     "codec.kind": ("pixels",),
     "corruption.prediction_type": ("epsilon", "v_prediction", "flow_prediction"),
     "corruption.timestep_draw": ("uniform", "logit_normal"),

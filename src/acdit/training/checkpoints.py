@@ -1,0 +1,296 @@
+"""Checkpoints: safetensors and JSON in a directory that is there wholly or not at all.
+
+checkpoint-N/  model.safetensors      the raw weights
+               ema-0.safetensors …    one file a decay
+               optimizer.safetensors  AdamW's moments by parameter name
+               rng.safetensors        torch's generator states (training's own draws need none)
+               state.json             step, recipe, schedule, counters, versions
+               manifest.json          sha256 of every file; written last
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from acdit import storage
+from acdit.errors import ConfigError, StorageError
+from acdit.recipe import Recipe, difference, recipe_from_dict, recipe_to_dict
+from acdit.training.ema import EMAWeights
+from acdit.training.lr_schedules import lr_factor
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+# Fields that may differ between a checkpoint and the run that goes on from it: they change no number, or only what is
+# still to come. train.steps, train.epochs and the schedule are looked at separately.
+HARMLESS = (
+    "name", "data.root", "data.num_workers", "data.max_bad_files", "train.checkpoint_every", "train.keep_checkpoints",
+    "train.log_every", "train.sample_every", "train.tensorboard", "sampling.num_inference_steps",
+    "sampling.guidance_scale", "sampling.labels",
+)  # fmt: skip
+INEXACT = ("train.threads", "train.compile", "train.gradient_checkpointing", "train.precision")
+SCHEDULE = ("train.steps", "train.epochs", "optim.schedule", "optim.decay_fraction", "optim.warmup_steps", "optim.lr")
+BRANCHABLE = (*SCHEDULE, "optim.max_grad_norm", "optim.weight_decay")
+
+
+@dataclass
+class RunState:
+    """The moving parts of a run: what a checkpoint holds and restores."""
+
+    model: nn.Module
+    ema: EMAWeights
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: LambdaLR
+    step: int = 0
+    """Optimizer steps done; also the index of the next one, hence the place in the data order."""
+    loss_sum: float = 0.0
+    loss_count: int = 0
+
+
+def save(state: RunState, recipe: Recipe, run: Path, dataset_length: int, world_size: int) -> Path:
+    """Write checkpoint-N of a run, verify it, and prune old ones.
+
+    Raises:
+        StorageError: no room, or the files on disk are not what was written; older checkpoints are kept.
+    """
+    path = run / f"checkpoint-{state.step}"
+    with storage.atomic_directory(path) as directory:
+        save_file(_plain(state.model.state_dict()), directory / "model.safetensors")
+        for index in range(len(state.ema.decays)):
+            save_file(_plain(state.ema.weights(index)), directory / f"ema-{index}.safetensors")
+        save_file(_plain(_moments(state)), directory / "optimizer.safetensors")
+        save_file(_rng_states(), directory / "rng.safetensors")
+        description = {
+            "format": FORMAT,
+            "step": state.step,
+            "sampler": {"next_step": state.step, "dataset_length": dataset_length},
+            "lr_scheduler": {"last_epoch": state.lr_scheduler.last_epoch, "base_lrs": state.lr_scheduler.base_lrs},
+            "ema": [
+                {"decay": decay, "optimization_step": count}
+                for decay, count in zip(state.ema.decays, state.ema.counters, strict=True)
+            ],
+            "loss_sum": state.loss_sum,
+            "loss_count": state.loss_count,
+            "environment": environment(world_size),
+            "recipe": recipe_to_dict(recipe),
+        }
+        (directory / "state.json").write_text(json.dumps(description, indent=2))
+    storage.verify(path)
+    storage.prune(run, recipe.train.keep_checkpoints)
+    return path
+
+
+def environment(world_size: int) -> dict[str, Any]:
+    """What bit-exactness depends on beside the recipe."""
+    return {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "world_size": world_size,
+        "processor": platform.machine(),
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
+    }
+
+
+def find(run: Path, wanted: str) -> Path:
+    """The checkpoint to resume from.
+
+    Args:
+        run: the run's directory.
+        wanted: "latest", a name ("checkpoint-300"), or a path.
+
+    Returns:
+        A checkpoint that verifies. "latest" falls back, with a warning, past checkpoints that do not; one asked for by
+        name is the one or an error.
+
+    Raises:
+        StorageError: there is none, or the one asked for is damaged.
+    """
+    if wanted != "latest":
+        path = next((place for place in (run / wanted, Path(wanted)) if place.is_dir()), None)
+        if path is None:
+            held = [place.name for _, place in storage.committed_checkpoints(run)] if run.is_dir() else []
+            raise StorageError(
+                f"checkpoint {wanted}", found="no such directory", expected=f"one of {held or 'none: the run has none'}"
+            )
+        storage.verify(path)
+        return path
+    candidates = storage.committed_checkpoints(run) if run.is_dir() else []
+    for _, path in reversed(candidates):
+        try:
+            storage.verify(path)
+        except StorageError as error:
+            logger.warning("%s is damaged and is passed over: %s", path.name, error)
+            continue
+        return path
+    raise StorageError(
+        f"resume from {run}", found=f"{len(candidates)} checkpoints, none of them whole",
+        expected="at least one", fix="start without --resume, in an empty directory",
+    )  # fmt: skip
+
+
+def read_description(path: Path) -> dict[str, Any]:
+    """state.json of a checkpoint, with every part that resuming needs.
+
+    Raises:
+        StorageError: a part is missing; its key is named.
+    """
+    file = path / "state.json"
+    try:
+        description = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise StorageError(str(file), found=str(error), expected="readable JSON") from None
+    needed = ("format", "step", "sampler", "lr_scheduler", "ema", "loss_sum", "loss_count", "environment", "recipe")
+    missing = [key for key in needed if key not in description]
+    if missing:
+        raise StorageError(f"{file}", found=f"no {', '.join(missing)}", expected="all state of the run")
+    if description["format"] != FORMAT:
+        raise StorageError(f"{file}: format", found=str(description["format"]), expected=str(FORMAT))
+    return description
+
+
+def require_same_run(
+    description: dict[str, Any], recipe: Recipe, steps: int, old_steps: int, *, branch: bool, dataset_length: int
+) -> list[str]:
+    """Compare the checkpoint's recipe with this run's.
+
+    Args:
+        description: from `read_description`.
+        recipe: of the run that goes on.
+        steps, old_steps: its total steps, and the checkpoint's run's.
+        branch: a new run that starts from the checkpoint may change the learning-rate schedule freely; a resumed one
+            only where the steps already done would have been the same.
+        dataset_length: samples in the data set at hand.
+
+    Returns:
+        Notes to log: what differs, and why the result is not bit-exact.
+
+    Raises:
+        ConfigError: fields differ that would make it another run; all are listed.
+    """
+    saved = recipe_from_dict(description["recipe"])
+    step = description["step"]
+    changed = difference(saved, recipe)
+    allowed = {*HARMLESS, *INEXACT, *(BRANCHABLE if branch else ())}
+    if not branch and all(
+        lr_factor(saved.optim, old_steps, done) * saved.optim.lr
+        == lr_factor(recipe.optim, steps, done) * recipe.optim.lr
+        for done in range(step)
+    ):
+        allowed |= set(SCHEDULE)
+    refused = {path: values for path, values in changed.items() if path not in allowed}
+    if refused:
+        listed = ", ".join(f"{path}: {old!r} in the checkpoint, {new!r} now" for path, (old, new) in refused.items())
+        raise ConfigError(
+            "the recipe is not the checkpoint's", found=listed, expected="the same values",
+            fix="restore them, or start a new run (--from branches with another schedule)",
+        )  # fmt: skip
+    length = description["sampler"]["dataset_length"]
+    if length != dataset_length:
+        raise ConfigError("data", found=f"{dataset_length} samples", expected=f"{length}, as in the checkpoint")
+    notes = [f"{path} differs: {old!r} → {new!r}" for path, (old, new) in changed.items()]
+    return notes + [f"not bit-exact: {path} differs" for path in changed if path in INEXACT]
+
+
+def restore(
+    state: RunState, path: Path, description: dict[str, Any], *, world_size: int, allow_inexact: bool
+) -> list[str]:
+    """Put a verified checkpoint into a run's objects, exactly to the bit.
+
+    Returns:
+        Warnings: why the run that goes on is not bit-exact.
+
+    Raises:
+        StorageError: a part is missing; it is named, and nothing was changed before all parts were there.
+    """
+    files = {"model": "model.safetensors", "optimizer": "optimizer.safetensors"}
+    files |= {f"ema-{index}": f"ema-{index}.safetensors" for index in range(len(state.ema.decays))}
+    if len(description["ema"]) != len(state.ema.decays):
+        raise StorageError("ema", found=f"{len(description['ema'])} averages", expected=f"{len(state.ema.decays)}")
+    loaded = {}
+    for part, name in files.items():
+        if not (path / name).is_file():
+            raise StorageError(f"{path / name}", found="no such file", expected=f"the state of {part}")
+        loaded[part] = load_file(path / name)
+    warnings = []
+    rng = path / "rng.safetensors"
+    if not rng.is_file():
+        if not allow_inexact:
+            raise StorageError(
+                f"{rng}", found="no such file", expected="torch's generator states",
+                fix="add --allow-inexact to go on without them",
+            )  # fmt: skip
+        warnings.append("not bit-exact: the checkpoint has no generator states")
+    targets = {"model": state.model.state_dict(), "optimizer": _moments(state)}
+    targets |= {f"ema-{index}": state.ema.weights(index) for index in range(len(state.ema.decays))}
+    for part, target in targets.items():
+        source = loaded[part]
+        wrong = sorted(set(target) ^ set(source)) or [n for n in target if target[n].shape != source[n].shape]
+        if wrong:
+            raise StorageError(
+                f"{path / files[part]}", found=f"missing, extra or misshaped: {', '.join(wrong)}", expected=part
+            )
+    with torch.no_grad():
+        for part, target in targets.items():
+            for name, tensor in target.items():
+                tensor.copy_(loaded[part][name])
+    if rng.is_file():
+        _restore_rng(load_file(rng))
+    state.ema.counters = [entry["optimization_step"] for entry in description["ema"]]
+    state.lr_scheduler.last_epoch = description["lr_scheduler"]["last_epoch"]
+    factor = state.lr_scheduler.lr_lambdas[0](state.lr_scheduler.last_epoch)
+    for group, base in zip(state.optimizer.param_groups, state.lr_scheduler.base_lrs, strict=True):
+        group["lr"] = base * factor
+    state.step = description["step"]
+    state.loss_sum, state.loss_count = description["loss_sum"], description["loss_count"]
+    now = environment(world_size)
+    warnings += [
+        f"not bit-exact: {key} was {description['environment'].get(key)!r}, is {value!r}"
+        for key, value in now.items()
+        if description["environment"].get(key) != value
+    ]
+    return warnings
+
+
+def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+
+
+def _moments(state: RunState) -> dict[str, Tensor]:
+    """AdamW's state by parameter name: the tensors themselves. Made (as zeros) where no step has been taken yet."""
+    names = {id(parameter): name for name, parameter in state.model.named_parameters()}
+    moments: dict[str, Tensor] = {}
+    for group in state.optimizer.param_groups:
+        for parameter in group["params"]:
+            slots = state.optimizer.state[parameter]
+            if not slots:
+                # As AdamW itself would make them at its first step; fused keeps the count in fp32 beside the weights.
+                fused = bool(group.get("fused"))
+                slots["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device if fused else "cpu")
+                slots["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+                slots["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+            moments |= {f"{names[id(parameter)]}.{slot}": tensor for slot, tensor in slots.items()}
+    return moments
+
+
+def _rng_states() -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states |= {f"cuda-{index}": value for index, value in enumerate(torch.cuda.get_rng_state_all())}
+    return states
+
+
+def _restore_rng(states: dict[str, Tensor]) -> None:
+    torch.set_rng_state(states["cpu"])
+    cuda = [states[name] for name in sorted(states) if name.startswith("cuda-")]
+    if cuda and torch.cuda.is_available() and len(cuda) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(cuda)

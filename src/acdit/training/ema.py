@@ -1,0 +1,62 @@
+"""Moving averages of the weights, several decays at once, on diffusers' `EMAModel`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+
+from acdit.recipe import EMARecipe
+
+
+class EMAWeights:
+    """One `EMAModel` a decay; saved and restored by parameter name, without pickles.
+
+    Args:
+        model: whose parameters are followed.
+        recipe: decays and warm-up.
+    """
+
+    def __init__(self, model: nn.Module, recipe: EMARecipe) -> None:
+        self.decays = list(recipe.decays)
+        self._names = [name for name, _ in model.named_parameters()]
+        self._averages = [
+            EMAModel(
+                model.parameters(), decay=decay, use_ema_warmup=recipe.warmup, inv_gamma=recipe.inv_gamma,
+                power=recipe.power, foreach=True,
+            )
+            for decay in self.decays
+        ]  # fmt: skip
+
+    def step(self, model: nn.Module) -> None:
+        """Follow the weights after an optimizer step."""
+        parameters = list(model.parameters())
+        for average in self._averages:
+            average.step(parameters)
+
+    @contextmanager
+    def applied(self, model: nn.Module, index: int = 0) -> Iterator[None]:
+        """Inside, the model holds the averaged weights; afterwards exactly its own again."""
+        own = [parameter.detach().clone() for parameter in model.parameters()]
+        self._averages[index].copy_to(model.parameters())
+        try:
+            yield
+        finally:
+            for parameter, value in zip(model.parameters(), own, strict=True):
+                parameter.data.copy_(value)
+
+    def weights(self, index: int) -> dict[str, Tensor]:
+        """The averaged weights by parameter name; the tensors themselves, not copies."""
+        return dict(zip(self._names, self._averages[index].shadow_params, strict=True))
+
+    @property
+    def counters(self) -> list[int]:
+        """Optimizer steps each average has followed: what the warm-up depends on."""
+        return [average.optimization_step for average in self._averages]
+
+    @counters.setter
+    def counters(self, values: list[int]) -> None:
+        for average, value in zip(self._averages, values, strict=True):
+            average.optimization_step = value
