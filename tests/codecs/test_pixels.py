@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from acdit.codecs import PixelCodec
+
+
+def test_the_default_maps_bytes_to_minus_one_and_one() -> None:
+    encoded = PixelCodec().encode(torch.tensor([0, 51, 255], dtype=torch.uint8))
+    assert encoded.dtype == torch.float32
+    assert encoded.tolist() == pytest.approx([-1.0, -0.6, 1.0])
+
+
+@pytest.mark.parametrize(("mean", "std"), [(0.5, 0.5), (0.3, 0.37)])
+def test_every_byte_survives_the_round_trip(mean: float, std: float) -> None:
+    codec = PixelCodec(mean, std)
+    values = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
+    decoded = codec.decode(codec.encode(values))
+    assert torch.equal((decoded * 255).round().to(torch.uint8), values)
+
+
+def test_floats_are_taken_as_zero_to_one_in_their_own_precision() -> None:
+    codec = PixelCodec(mean=0.25, std=0.5)
+    values = torch.rand(2, 3, 4, 4, dtype=torch.float64)
+    assert torch.equal(codec.encode(values), (values - 0.25) / 0.5)
+    assert codec.decode(codec.encode(values)).allclose(values, atol=1e-15)
+
+
+def test_decoded_values_are_clamped() -> None:
+    assert PixelCodec().decode(torch.tensor([-3.0, 0.0, 3.0])).tolist() == [0.0, 0.5, 1.0]
