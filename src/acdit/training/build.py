@@ -16,9 +16,6 @@ from acdit.model import PRESETS, ACDiTTransformer
 from acdit.pipelines import ACDiTPipeline
 from acdit.recipe import ModelRecipe, Recipe
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
-"""Dtype of the weights; bf16 is autocast over fp32 weights."""
-
 
 @dataclass
 class Built:
@@ -53,7 +50,9 @@ def build(recipe: Recipe) -> Built:
     dataset = build_dataset(recipe.data)
     if len(dataset) == 0:
         raise DataError("data", found="no samples", expected="at least one", fix="check data.root and data.split")
-    model = build_model(recipe.model, recipe.seed).to(DTYPES[recipe.train.precision])
+    model = build_model(recipe.model, recipe.seed)
+    if recipe.train.precision == "fp64":
+        model.double()
     _check_data(recipe, dataset, model)
     settings = dataclasses.asdict(recipe.corruption)
     settings.pop("copies")
