@@ -1,10 +1,38 @@
-"""Blockwise autoregressive diffusion transformers (ACDiT, arXiv 2412.07720)."""
+"""Blockwise autoregressive diffusion transformers (ACDiT, arXiv 2412.07720).
 
-from acdit.cache import KVCache
-from acdit.layout import BlockLayout
-from acdit.model import ACDiTTransformer
-from acdit.pipelines import ACDiTPipeline
+Names are imported when they are first used, so that `acdit --help` and reading a recipe need no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from acdit.cache import KVCache
+    from acdit.layout import BlockLayout
+    from acdit.model import ACDiTTransformer
+    from acdit.pipelines import ACDiTPipeline
+    from acdit.sampling import sample_blocks
 
 __version__ = "0.1.0"
 
-__all__ = ["ACDiTPipeline", "ACDiTTransformer", "BlockLayout", "KVCache", "__version__"]
+__all__ = ["ACDiTPipeline", "ACDiTTransformer", "BlockLayout", "KVCache", "__version__", "sample_blocks"]
+
+_HOMES = {
+    "ACDiTPipeline": "acdit.pipelines",
+    "ACDiTTransformer": "acdit.model",
+    "BlockLayout": "acdit.layout",
+    "KVCache": "acdit.cache",
+    "sample_blocks": "acdit.sampling",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'acdit' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

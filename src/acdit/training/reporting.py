@@ -11,6 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from acdit import pictures
+from acdit.errors import ConfigError
 from acdit.pipelines import ACDiTPipeline
 from acdit.recipe import Recipe
 
@@ -100,8 +101,8 @@ class Report:
             return
         try:
             pictures.loss_curve(self.log_path, self.run / "loss.png")
-        except ImportError:
-            logger.warning("no loss curve: install acdit[train] for matplotlib")
+        except ConfigError as error:  # no matplotlib
+            logger.warning("no loss curve: %s", error)
 
     def close(self) -> None:
         """End the bar and the tensorboard log."""
