@@ -126,28 +126,28 @@ def loss_curve(log_path: str | Path, path: str | Path, title: str = "Training lo
         title: above the curve.
 
     Raises:
-        ConfigError: matplotlib is missing.
+        ImportError: matplotlib is missing; the message names the extra.
         DataError: no line with a step and a loss.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ConfigError(
-            "loss curve", found="no matplotlib", expected="matplotlib", fix="pip install 'acdit[train]'"
-        ) from error
+        raise ImportError("drawing a loss curve needs matplotlib: pip install 'acdit[train]'") from error
     records = _log_records(Path(log_path))
     steps = [record["step"] for record in records]
     losses = torch.tensor([float(record["loss"]) for record in records], dtype=torch.float64)
     figure = Figure(figsize=(7.5, 4.2), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)  # explicit, so that no global backend is touched
     axes = figure.add_subplot()
-    window = max(1, len(losses) // 50)
+    window = max(1, len(losses) // 25)
     axes.plot(steps, losses, color="#c9d3e0", linewidth=1, label="each logged step")
     smooth = losses.unfold(0, window, 1).mean(dim=1)
     axes.plot(steps[window - 1 :], smooth, color="#2f6fb0", linewidth=2, label=f"mean of {window}")
     if float(losses.min()) > 0:
         axes.set_yscale("log")
+        for plain in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            plain(lambda value, _: f"{value:g}")
     axes.set(xlabel="step", ylabel="loss", title=title)
     axes.grid(True, which="both", color="#e8ebf0", linewidth=0.7)
     axes.set_axisbelow(True)
@@ -157,10 +157,11 @@ def loss_curve(log_path: str | Path, path: str | Path, title: str = "Training lo
         right = axes.twinx()
         right.plot(steps, rates, color="#d6563c", linewidth=1, linestyle=":", label="learning rate")
         right.set_ylabel("learning rate")
-        right.set_ylim(bottom=0)
+        right.set_ylim(0, 1.15 * max(rates))
+        right.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
         right.spines["top"].set_visible(False)
         axes.plot([], [], color="#d6563c", linewidth=1, linestyle=":", label="learning rate")
-    axes.legend(frameon=False)
+    axes.legend(loc="upper right", framealpha=1, edgecolor="white", bbox_to_anchor=(1, 0.9))
     figure.savefig(path)
 
 

@@ -88,21 +88,23 @@ class IdxDataset:
             raise DataError(
                 str(labels_path), found=f"{len(labels)} labels", expected=f"{len(images)}, as many as {images_path} has"
             )
-        self._images, self._labels = images, labels
+        self._images = images
+        self.labels = torch.from_numpy(labels.astype(np.int64))
+        """(M,) int64."""
         self._size = size
         self.num_classes = int(labels.max()) + 1
         self.class_names = [str(label) for label in range(self.num_classes)]
         self.shape = (channels, *((size, size) if size else images.shape[1:]))
 
     def __len__(self) -> int:
-        return len(self._labels)
+        return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """(C, H, W) uint8 and the label."""
         image = self._images[index]
         if self._size is not None and image.shape != (self._size, self._size):
             image = np.asarray(resize_and_crop(Image.fromarray(image), self._size))
-        return torch.from_numpy(np.tile(image, (self.shape[0], 1, 1))), int(self._labels[index])
+        return torch.from_numpy(np.tile(image, (self.shape[0], 1, 1))), int(self.labels[index])
 
 
 def _find(root: Path, name: str) -> Path:

@@ -57,12 +57,13 @@ class ImagesDataset:
         self.class_names = sorted(members)
         self.num_classes = len(self.class_names)
         self._files: list[str] = []
-        self._labels: list[int] = []
+        self.labels: list[int] = []
+        """Class of every index."""
         self._bounds: list[tuple[int, int]] = []
         for label, name in enumerate(self.class_names):
             start = len(self._files)
             self._files += sorted(members[name])
-            self._labels += [label] * (len(self._files) - start)
+            self.labels += [label] * (len(self._files) - start)
             self._bounds.append((start, len(self._files)))
         self._shape: tuple[int, int, int] | None = None if size is None else (channels, size, size)
 
@@ -94,10 +95,10 @@ class ImagesDataset:
                 expected=f"{shape[2]}×{shape[1]}, as in the first picture",
                 fix="set data.size to resize and crop all pictures to one size",
             )
-        return picture, self._labels[index % len(self)]
+        return picture, self.labels[index % len(self)]
 
     def _picture(self, index: int) -> tuple[Tensor, str]:
-        start, stop = self._bounds[self._labels[index]]
+        start, stop = self._bounds[self.labels[index]]
         for step in range(stop - start):
             path = self._files[start + (index - start + step) % (stop - start)]
             name = self._source.describe(path)
