@@ -151,7 +151,7 @@ def perturb(model: nn.Module, seed: int, strength: float = 1.0) -> None:
         draw = torch.randn(parameter.shape, generator=generator)
         if parameter.ndim == 2:
             draw = draw / math.sqrt(parameter.shape[1])
-            draw = draw * (0.5 * strength if "adaLN" in name or name.startswith("final_layer") else 1.0)
+            draw = draw * (0.5 * strength if "odulation" in name or name.startswith("final_layer") else 1.0)
         elif "norm" in name:
             draw = 1 + 0.1 * draw
         else:

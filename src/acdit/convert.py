@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from acdit.corruption.gaussian import GaussianCorruption
-from acdit.errors import ConfigError, DataError
+from acdit.errors import ConfigError, DataError, StorageError
 from acdit.model import ACDiTTransformer
 from acdit.storage import atomic_directory
 
@@ -104,12 +104,13 @@ def convert_reference(checkpoint: str | Path, output: str | Path, weights: str =
         DataError: the file is not such a checkpoint, is unsafe to read, or its weights do not fit; nothing is written.
         StorageError: the folder exists or cannot be written.
     """
+    if Path(output).exists():
+        raise StorageError(f"{output} exists", expected="a new folder", fix="choose another output, or remove it")
     read = read_reference(checkpoint, weights)
     with torch.device("meta"):
         transformer = ACDiTTransformer(**read.config)
     transformer.load_state_dict(read.weights, assign=True)
-    # What the pipeline itself writes; pipelines stand above this file.
-    index = {
+    index = {  # what the pipeline itself writes; pipelines stand above this file
         "_class_name": "ACDiTPipeline", "_diffusers_version": diffusers.__version__, "id2label": None,
         "pixel_mean": 0.5, "pixel_std": 0.5, "vae": [None, None],
         "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
@@ -125,7 +126,7 @@ def convert_reference(checkpoint: str | Path, output: str | Path, weights: str =
 
 
 def read_reference(checkpoint: str | Path, weights: str = "model") -> ReferenceCheckpoint:
-    """Read and check a checkpoint (arguments and errors as in `convert_reference`); its weights are views of the file."""
+    """Read and check a checkpoint, as `convert_reference` does before it writes; the weights are views of the file."""
     path = Path(checkpoint)
     content = _load(path)
     if not isinstance(content, dict) or type(content.get("args")) is not argparse.Namespace:
@@ -379,7 +380,7 @@ def _fitted(path: Path, config: Mapping[str, Any], state: Mapping[str, Tensor]) 
 
 
 def _describe(value: Any) -> str:
-    """A value in few words: a file from a stranger must not choose how long a message gets."""
+    """In few words: a file from a stranger must not choose how long a message gets."""
     if value is None or type(value) is bool or (type(value) is int and abs(value) < 10**12):
         return repr(value)
     if type(value) is str:
