@@ -253,10 +253,15 @@ def _load_pipeline(options: argparse.Namespace) -> Any:
         )  # fmt: skip
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}[options.dtype]
     try:
-        pipeline = ACDiTPipeline.from_pretrained(options.model, torch_dtype=dtype)
+        pipeline = ACDiTPipeline.from_pretrained(options.model)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"model {options.model}", found=reason, expected="a saved ACDiTPipeline") from error
+        reason = str(error).strip().splitlines()[0][:160]
+        raise ConfigError(
+            f"model {options.model}", found=f"no such folder, and no such model on the hub ({reason})",
+            expected="a saved ACDiTPipeline", fix="make demo leaves one in runs/demo/model",
+        ) from error  # fmt: skip
+    if dtype != torch.float32:
+        pipeline.transformer.to(dtype)
     if options.solver is not None:
         kind = getattr(pipeline.scheduler.config, "prediction_type", None)
         flow = kind == "flow_prediction" or type(pipeline.scheduler).__name__ == SOLVERS["flow-euler"]

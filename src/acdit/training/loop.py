@@ -72,8 +72,8 @@ class Trainer:
             torch.set_num_threads(recipe.train.threads)
         self.recipe, self.run = recipe, Path(output_dir)
         self.evaluate, self.progress = evaluate, progress
-        bf16 = recipe.train.precision == "bf16"
-        self.accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="bf16" if bf16 else "no")
+        # accelerate keeps its precision for the whole process: autocast is entered here instead, per run.
+        self.accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
         self.built: Built = build(recipe)
         self._require_even_batches()
         model = self.built.model.to(self.accelerator.device)
@@ -192,7 +192,8 @@ class Trainer:
         corruption = self.built.corruption
         clean = batch.clean[:, None]
         noisy = corruption.corrupt(clean, batch.noise, batch.timestep)
-        with self.accelerator.autocast():
+        bf16 = self.recipe.train.precision == "bf16"
+        with torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=bf16):
             (prediction,) = model(batch.clean, noisy, batch.timestep, batch.labels, return_dict=False)
         return corruption.loss(prediction, clean, batch.noise, batch.timestep)
 
