@@ -49,9 +49,10 @@ def image_grid(
     height, width = pixels.shape[2:]
     scale = max(1, 64 // max(height, width)) if scale is None else scale
     cell_height, cell_width = height * scale, width * scale
-    font = ImageFont.load_default(max(11, min(18, cell_height // 4)))
+    font_size = max(11, min(18, cell_height // 4))
+    font = ImageFont.load_default(font_size)
     left = gap + (max((int(font.getlength(text)) for text in row_labels), default=0) + 2 * gap if row_labels else 0)
-    top = gap + (int(font.size) + 2 * gap if column_labels else 0)
+    top = gap + (font_size + 2 * gap if column_labels else 0)
     size = (left + columns * (cell_width + gap), top + rows * (cell_height + gap))
     canvas = Image.new("RGB", size, _PAPER)
     for index, picture in enumerate(pixels):
@@ -152,8 +153,8 @@ def loss_curve(log_path: str | Path, path: str | Path, title: str = "Training lo
     axes.grid(True, which="both", color="#e8ebf0", linewidth=0.7)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    rates = [record.get("lr") for record in records]
-    if all(isinstance(rate, int | float) for rate in rates):
+    rates = [float(record["lr"]) for record in records if isinstance(record.get("lr"), int | float)]
+    if len(rates) == len(records):
         right = axes.twinx()
         right.plot(steps, rates, color="#d6563c", linewidth=1, linestyle=":", label="learning rate")
         right.set_ylabel("learning rate")

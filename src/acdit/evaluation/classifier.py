@@ -79,7 +79,7 @@ def train_classifier(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        classifier = SmallClassifier(tuple(pixels.shape[1:]), int(labels.max()) + 1)
+        classifier = SmallClassifier((pixels.shape[1], pixels.shape[2], pixels.shape[3]), int(labels.max()) + 1)
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=learning_rate)
     per_epoch = math.ceil(len(labels) / batch_size)
     lr_scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=epochs * per_epoch)
