@@ -132,8 +132,9 @@ def find(run: Path, wanted: str) -> Path:
             logger.warning("%s is damaged and is passed over: %s", path.name, error)
             continue
         return path
+    damaged = f"{len(candidates)} checkpoints, none of them whole"
     raise StorageError(
-        f"resume from {run}", found=f"{len(candidates)} checkpoints, none of them whole",
+        f"resume from {run}", found=damaged if candidates else "no checkpoint",
         expected="at least one", fix="start without --resume, in an empty directory",
     )  # fmt: skip
 
