@@ -72,9 +72,8 @@ def test_the_reference_form_pairs_across_the_whole_head(extents: tuple[int, ...]
     position = tuple(range(3, 3 + len(extents)))
     x = torch.randn(64, dtype=torch.float64)
     cos, sin = rotation(torch.tensor(position), 64, extents, split, "reference", torch.float64)
-    # The reference's exponents are fp32 numbers, so agreement with exact ones ends there.
     torch.testing.assert_close(
-        rotate(x, cos, sin, "reference"), reference_form_by_hand(x, position, extents, split), rtol=0, atol=1e-5
+        rotate(x, cos, sin, "reference"), reference_form_by_hand(x, position, extents, split), rtol=0, atol=1e-12
     )
 
 

@@ -76,8 +76,8 @@ def rotation(
         if form == "axial":
             exponents = torch.arange(pairs, device=positions.device, dtype=dtype) * (2.0 / width)
         else:
-            # The reference's own arithmetic: fp32 linspace over the head dimension, then divided by it.
-            exponents = torch.linspace(0, head_dim, pairs, device=positions.device, dtype=torch.float32) / head_dim
+            # The reference's own arithmetic: a linspace over the head dimension, then divided by it.
+            exponents = torch.linspace(0, head_dim, pairs, device=positions.device, dtype=dtype) / head_dim
         base = base_for_extent(extents[axis])
         frequencies = 1.0 / base**exponents
         angles.append(positions[..., axis, None].to(frequencies.dtype) * frequencies)
