@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from acdit import draws
 from acdit.data.build import Dataset
+from acdit.errors import AcditError
 from acdit.training.build import Built
 
 
@@ -104,9 +105,12 @@ class Batches:
             labels = torch.as_tensor(dataset.labels)  # type: ignore[attr-defined]
             return ((in_memory[indices], labels[indices]) for indices in self._indices())
         loader = DataLoader(
-            _Indexed(dataset), batch_sampler=self._indices(), num_workers=self.built.recipe.data.num_workers
+            _Indexed(dataset),
+            batch_sampler=self._indices(),
+            num_workers=self.built.recipe.data.num_workers,
+            collate_fn=_collate,
         )
-        return iter(loader)
+        return (_raised(loaded) for loaded in loader)
 
     def _batch(self, step: int, positions: range, pictures: Tensor, labels: Tensor) -> Batch:
         built, recipe = self.built, self.built.recipe
@@ -131,14 +135,37 @@ class Batches:
         )
 
 
-class _Indexed(torch.utils.data.Dataset[tuple[Tensor, int]]):
-    """The data set as torch's loader wants it; module level, so that workers can be started by any method."""
+class _Indexed(torch.utils.data.Dataset[tuple[Tensor, int] | AcditError]):
+    """The data set as torch's loader wants it; module level, so that workers can be started by any method.
+
+    An error of the data set is handed over as a value: raised in a worker, torch would put the worker's whole traceback
+    into the message that the user reads.
+    """
 
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.dataset[index]
+    def __getitem__(self, index: int) -> tuple[Tensor, int] | AcditError:
+        try:
+            return self.dataset[index]
+        except AcditError as error:
+            return error
 
     def __len__(self) -> int:
         return len(self.dataset)
+
+
+def _collate(items: list[tuple[Tensor, int] | AcditError]) -> tuple[Tensor, Tensor] | AcditError:
+    pictures, labels = [], []
+    for item in items:
+        if isinstance(item, AcditError):
+            return item
+        pictures.append(item[0])
+        labels.append(item[1])
+    return torch.stack(pictures), torch.tensor(labels)
+
+
+def _raised(loaded: tuple[Tensor, Tensor] | AcditError) -> tuple[Tensor, Tensor]:
+    if isinstance(loaded, AcditError):
+        raise loaded
+    return loaded
