@@ -6,6 +6,7 @@ import contextlib
 import os
 import resource
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -56,7 +57,7 @@ def test_every_flipped_bit_and_every_cut_is_found_and_named(tmp_path: Path, data
         storage.verify(path)
 
 
-def killed_at_every_step(action: object, monkeypatch: pytest.MonkeyPatch, check: object) -> int:
+def killed_at_every_step(action: Callable[[], object], check: Callable[[], None]) -> int:
     """Run `action` in children, the k-th killed at its k-th durable step; how many steps there are."""
     for step in range(100):
         child = os.fork()
@@ -71,19 +72,17 @@ def killed_at_every_step(action: object, monkeypatch: pytest.MonkeyPatch, check:
 
             storage._step = die
             try:
-                action()  # type: ignore[operator]
+                action()
             finally:
                 os._exit(0)
         _, status = os.waitpid(child, 0)
-        check()  # type: ignore[operator]
+        check()
         if not os.WIFSIGNALED(status):
             return step
     raise AssertionError("the action never ends")
 
 
-def test_a_save_killed_at_any_step_is_there_wholly_or_not_at_all(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_save_killed_at_any_step_is_there_wholly_or_not_at_all(tmp_path: Path) -> None:
     commit(tmp_path / "checkpoint-1", b"old")
     published = commit(tmp_path / "model", b"old")
 
@@ -100,11 +99,11 @@ def test_a_save_killed_at_any_step_is_there_wholly_or_not_at_all(
         assert (published / "model.bin").read_bytes() in (b"old", b"new")
         assert not list(tmp_path.glob(".tmp-*"))
 
-    assert killed_at_every_step(save, monkeypatch, check) >= 10
+    assert killed_at_every_step(save, check) >= 10
     assert (published / "model.bin").read_bytes() == b"new"
 
 
-def test_a_prune_killed_at_any_step_leaves_whole_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prune_killed_at_any_step_leaves_whole_checkpoints(tmp_path: Path) -> None:
     for step in range(1, 6):
         commit(tmp_path / f"checkpoint-{step}")
 
@@ -114,7 +113,7 @@ def test_a_prune_killed_at_any_step_leaves_whole_checkpoints(tmp_path: Path, mon
         for _, path in checkpoints:
             storage.verify(path)
 
-    assert killed_at_every_step(lambda: storage.prune(tmp_path, 2), monkeypatch, check) >= 2
+    assert killed_at_every_step(lambda: storage.prune(tmp_path, 2), check) >= 2
     storage.clean_leftovers(tmp_path)
     assert sorted(place.name for place in tmp_path.iterdir()) == ["checkpoint-4", "checkpoint-5"]
 

@@ -6,6 +6,7 @@ import importlib
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -107,11 +108,17 @@ def test_a_missing_file_is_refused_by_name(copied: Path, name: str) -> None:
 
 
 def test_generator_states_may_be_given_up_on_request(copied: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As a user meets it: the file is gone and the manifest still lists it."""
     (copied / "checkpoint-6" / "rng.safetensors").unlink()
-    recommit(copied / "checkpoint-6")
-    with caplog.at_level(logging.WARNING):
+    for wanted in ("checkpoint-6", "latest"):
+        with caplog.at_level(logging.WARNING):
+            trainer = Trainer(tiny_recipe(), copied, resume=wanted, allow_inexact=True)
+        assert trainer.state.step == 6
+        assert "not bit-exact: the checkpoint has no generator states" in caplog.text
+        caplog.clear()
+    (copied / "checkpoint-6" / "ema-0.safetensors").unlink()  # nothing else may be missing
+    with pytest.raises(StorageError, match=r"ema-0\.safetensors"):
         Trainer(tiny_recipe(), copied, resume="checkpoint-6", allow_inexact=True)
-    assert "not bit-exact" in caplog.text
 
 
 @pytest.mark.parametrize("key", ["lr_scheduler", "ema", "sampler", "step", "recipe"])
@@ -199,6 +206,24 @@ def test_a_new_run_does_not_overwrite_an_old_one(copied: Path) -> None:
 def test_two_runs_in_one_directory_are_refused(copied: Path) -> None:
     with storage.RunLock(copied), pytest.raises(StorageError, match="one run a directory"):
         Trainer(tiny_recipe(), copied, resume="latest", progress=False).train()
+
+
+# --- row 4: no room ----------------------------------------------------------------------------------------------
+
+
+def test_no_room_for_a_checkpoint_names_the_bytes_it_needs(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = storage.verify(copied / "checkpoint-6").total_bytes
+    trainer = Trainer(tiny_recipe(), copied, resume="checkpoint-4", progress=False)
+    monkeypatch.setattr(storage, "free_bytes", lambda path: 1000)
+    with pytest.raises(StorageError, match="1,000 bytes") as error:
+        trainer.train()
+    needed = max(
+        int(number.replace(",", "")) for number in re.findall(r"[\d,]*\d", str(error.value).partition("found")[2])
+    )
+    assert 0.9 * size <= needed <= 1.1 * size
+    assert error.value.exit_code == 5
+    assert not list(copied.glob(".tmp-*"))
+    assert storage.verify(copied / "checkpoint-4")
 
 
 # --- row 14: NaN and Inf -----------------------------------------------------------------------------------------

@@ -31,6 +31,8 @@ from acdit.training.lr_schedules import lr_factor
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
+RNG_FILE = "rng.safetensors"
+_HEADER_BYTES = 128  # of a tensor's entry in its file: name, type, shape, place
 # Fields that may differ between a checkpoint and the run that goes on from it: they change no number, or only what is
 # still to come. train.steps, train.epochs and the schedule are looked at separately.
 HARMLESS = (
@@ -64,12 +66,12 @@ def save(state: RunState, recipe: Recipe, run: Path, dataset_length: int, world_
         StorageError: no room, or the files on disk are not what was written; older checkpoints are kept.
     """
     path = run / f"checkpoint-{state.step}"
-    with storage.atomic_directory(path) as directory:
-        save_file(_plain(state.model.state_dict()), directory / "model.safetensors")
-        for index in range(len(state.ema.decays)):
-            save_file(_plain(state.ema.weights(index)), directory / f"ema-{index}.safetensors")
-        save_file(_plain(_moments(state)), directory / "optimizer.safetensors")
-        save_file(_rng_states(), directory / "rng.safetensors")
+    files = {f"{part}.safetensors": tensors for part, tensors in _parts(state).items()} | {RNG_FILE: _rng_states()}
+    saved = [tensor for tensors in files.values() for tensor in tensors.values()]
+    needed = sum(tensor.numel() * tensor.element_size() + _HEADER_BYTES for tensor in saved)
+    with storage.atomic_directory(path, expected_bytes=needed) as directory:
+        for name, tensors in files.items():
+            save_file(_plain(tensors), directory / name)
         description = {
             "format": FORMAT,
             "step": state.step,
@@ -101,12 +103,13 @@ def environment(world_size: int) -> dict[str, Any]:
     }
 
 
-def find(run: Path, wanted: str) -> Path:
+def find(run: Path, wanted: str, *, allow_inexact: bool = False) -> Path:
     """The checkpoint to resume from.
 
     Args:
         run: the run's directory.
         wanted: "latest", a name ("checkpoint-300"), or a path.
+        allow_inexact: a checkpoint without generator states will do.
 
     Returns:
         A checkpoint that verifies. "latest" falls back, with a warning, past checkpoints that do not; one asked for by
@@ -115,6 +118,7 @@ def find(run: Path, wanted: str) -> Path:
     Raises:
         StorageError: there is none, or the one asked for is damaged.
     """
+    may_miss = (RNG_FILE,) if allow_inexact else ()
     if wanted != "latest":
         path = next((place for place in (run / wanted, Path(wanted)) if place.is_dir()), None)
         if path is None:
@@ -122,12 +126,12 @@ def find(run: Path, wanted: str) -> Path:
             raise StorageError(
                 f"checkpoint {wanted}", found="no such directory", expected=f"one of {held or 'none: the run has none'}"
             )
-        storage.verify(path)
+        storage.verify(path, may_miss)
         return path
     candidates = storage.committed_checkpoints(run) if run.is_dir() else []
     for _, path in reversed(candidates):
         try:
-            storage.verify(path)
+            storage.verify(path, may_miss)
         except StorageError as error:
             logger.warning("%s is damaged and is passed over: %s", path.name, error)
             continue
@@ -213,8 +217,8 @@ def restore(
     Raises:
         StorageError: a part is missing; it is named, and nothing was changed before all parts were there.
     """
-    files = {"model": "model.safetensors", "optimizer": "optimizer.safetensors"}
-    files |= {f"ema-{index}": f"ema-{index}.safetensors" for index in range(len(state.ema.decays))}
+    targets = _parts(state)
+    files = {part: f"{part}.safetensors" for part in targets}
     if len(description["ema"]) != len(state.ema.decays):
         raise StorageError("ema", found=f"{len(description['ema'])} averages", expected=f"{len(state.ema.decays)}")
     loaded = {}
@@ -223,7 +227,7 @@ def restore(
             raise StorageError(f"{path / name}", found="no such file", expected=f"the state of {part}")
         loaded[part] = load_file(path / name)
     warnings = []
-    rng = path / "rng.safetensors"
+    rng = path / RNG_FILE
     if not rng.is_file():
         if not allow_inexact:
             raise StorageError(
@@ -231,8 +235,6 @@ def restore(
                 fix="add --allow-inexact to go on without them",
             )  # fmt: skip
         warnings.append("not bit-exact: the checkpoint has no generator states")
-    targets = {"model": state.model.state_dict(), "optimizer": _moments(state)}
-    targets |= {f"ema-{index}": state.ema.weights(index) for index in range(len(state.ema.decays))}
     for part, target in targets.items():
         source = loaded[part]
         wrong = sorted(set(target) ^ set(source)) or [n for n in target if target[n].shape != source[n].shape]
@@ -260,6 +262,12 @@ def restore(
         if description["environment"].get(key) != value
     ]
     return warnings
+
+
+def _parts(state: RunState) -> dict[str, dict[str, Tensor]]:
+    """What makes up a checkpoint, a file a part; the tensors themselves, so that restoring writes into them."""
+    averages = {f"ema-{index}": state.ema.weights(index) for index in range(len(state.ema.decays))}
+    return {"model": state.model.state_dict(), **averages, "optimizer": _moments(state)}
 
 
 def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

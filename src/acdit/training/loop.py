@@ -94,9 +94,9 @@ class Trainer:
         )
         source = None
         if resume is not None:
-            source = checkpoints.find(self.run, resume)
+            source = checkpoints.find(self.run, resume, allow_inexact=allow_inexact)
         elif branch_from is not None:
-            source = checkpoints.find(Path(branch_from).parent, Path(branch_from).name)
+            source = checkpoints.find(Path(branch_from).parent, Path(branch_from).name, allow_inexact=allow_inexact)
         if resume is None and self.run.is_dir() and storage.committed_checkpoints(self.run):
             raise StorageError(
                 f"{self.run}", found="checkpoints of an earlier run", expected="an empty directory for a new run",
