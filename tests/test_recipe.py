@@ -20,12 +20,12 @@ from acdit.recipe import (
     difference,
     flatten,
     load_recipe,
-    read_yaml,
     recipe_from_dict,
     recipe_to_dict,
     recipe_to_yaml,
     shipped_recipes,
 )
+from acdit.strict_yaml import read_yaml
 from acdit.training.build import build_model
 
 MINIMAL = """

@@ -29,7 +29,8 @@ from acdit.data import DigitsDataset
 from acdit.errors import StorageError
 from acdit.evaluation import matched_frechet_distance, nearest_training_distance, train_classifier
 from acdit.pipelines import ACDiTPipeline
-from acdit.recipe import Recipe, load_recipe, read_yaml
+from acdit.recipe import Recipe, load_recipe
+from acdit.strict_yaml import read_yaml
 from acdit.training import Trainer
 
 RECIPE = "digits"
