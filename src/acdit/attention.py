@@ -257,14 +257,14 @@ def _blockwise_attention_backward(
     """
     streams = Streams(num_clean, num_blocks, copies, q.shape[2])
     first_query = streams.total - q.shape[1]
-    own = _flash_backward(*(part.flatten(0, 1) for part in (grad, q, k[:, first_query:], v[:, first_query:], out, lse)))
-    own_q, own_k, own_v = (part.unflatten(0, q.shape[:2]) for part in own)
     # Sums over many readers are kept in fp32 or wider.
     wide = torch.promote_types(q.dtype, torch.float32)
-    grad_q = own_q.to(wide, copy=True)
-    grad_k, grad_v = k.new_zeros(k.shape, dtype=wide), v.new_zeros(v.shape, dtype=wide)
-    grad_k[:, first_query:] = own_k
-    grad_v[:, first_query:] = own_v
+    own = _flash_backward(*(part.flatten(0, 1) for part in (grad, q, k[:, first_query:], v[:, first_query:], out, lse)))
+    grad_q, grad_k, grad_v = (part.unflatten(0, q.shape[:2]).to(wide) for part in own)
+    del own  # in a training step this is where memory peaks
+    if first_query:
+        unread = k.new_zeros((k.shape[0], first_query, *k.shape[2:]), dtype=wide)
+        grad_k, grad_v = torch.cat([unread, grad_k], dim=1), torch.cat([unread, grad_v], dim=1)
     for block, rows in streams.prefix_readers(first_query):
         part_grad, part_q, part_out, part_lse = (_gather(part, rows).flatten(1, 2) for part in (grad, q, out, lse))
         step_q, step_k, step_v = _flash_backward(

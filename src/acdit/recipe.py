@@ -120,7 +120,7 @@ class TrainRecipe:
     epochs: int | None = None
     precision: str = "fp32"
     compile: bool = False
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: str = "none"
     checkpoint_every: int = 1000
     keep_checkpoints: int = 3
     log_every: int = 50
@@ -164,6 +164,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "corruption.timestep_draw": ("uniform", "logit_normal"),
     "optim.schedule": ("wsd", "cosine", "constant"),
     "train.precision": ("fp32", "bf16", "fp64"),
+    "train.gradient_checkpointing": ("none", "elementwise", "layers"),
 }
 # Inclusive lower bound and exclusive upper bound of numbers; lists are checked value by value.
 RANGES: dict[str, tuple[float, float]] = {

@@ -23,6 +23,7 @@ from acdit import storage
 from acdit.errors import ConfigError, NonFiniteError, StorageError
 from acdit.pipelines import ACDiTPipeline
 from acdit.recipe import Recipe, recipe_from_dict, recipe_to_yaml
+from acdit.recompute import checkpoint_elementwise
 from acdit.training import checkpoints
 from acdit.training.batches import Batch, Batches
 from acdit.training.build import Built, build, parameter_groups
@@ -77,7 +78,9 @@ class Trainer:
         self.built: Built = build(recipe)
         self._require_even_batches()
         model = self.built.model.to(self.accelerator.device)
-        if recipe.train.gradient_checkpointing:
+        if recipe.train.gradient_checkpointing == "elementwise":
+            model.enable_gradient_checkpointing(checkpoint_elementwise)
+        elif recipe.train.gradient_checkpointing == "layers":
             model.enable_gradient_checkpointing()
         optimizer = torch.optim.AdamW(
             parameter_groups(model, recipe.optim.weight_decay),
