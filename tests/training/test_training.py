@@ -32,6 +32,7 @@ VARIANTS = {
         "corruption__prediction_type": "flow_prediction", "corruption__min_snr_gamma": 5.0, "data__flip": True
     },
     "bf16": {"train__precision": "bf16"},
+    "elementwise checkpointing": {"train__gradient_checkpointing": "elementwise"},
 }  # fmt: skip
 
 
