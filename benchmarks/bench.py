@@ -212,7 +212,7 @@ def report(result: dict[str, Any]) -> str:
         for name, sides in result["memory"].items():
             for side, entry in sides.items():
                 theirs = sides.get("reference", {}).get("activation_peak")
-                ratio = f"{entry['activation_peak'] / theirs:.2f}" if theirs else "–"
+                ratio = f"{entry['activation_peak'] / theirs:.3f}" if theirs else "–"
                 columns = [_mib(entry.get(key)) for key in ("weights", "gradients", "optimizer_state")]
                 lines.append(
                     f"| {name} | {side} | {' | '.join(columns)} | {_mib(entry['activation_peak'])} | {ratio} | "
@@ -236,7 +236,7 @@ def report(result: dict[str, Any]) -> str:
                 for side, entry in sides.items()
                 if side != "reference"
             ]
-            lines.append(f"| {name} | activation peak | ≤ {target['memory']} × | {min(ratios):.2f} × |")
+            lines.append(f"| {name} | activation peak | ≤ {target['memory']} × | {min(ratios):.3f} × |")
     return "\n".join(lines) + "\n"
 
 

@@ -275,6 +275,7 @@ def _blockwise_attention_backward(
             grad_q[:, row] += step_q[:, place]
         grad_k[:, :block] += step_k.unflatten(1, (block, streams.block_tokens))
         grad_v[:, :block] += step_v.unflatten(1, (block, streams.block_tokens))
+        del step_q, step_k, step_v  # or they would live on while the next block's are made
     return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype)
 
 
