@@ -133,7 +133,7 @@ def time_work(work: Work, options: argparse.Namespace, seconds: float) -> dict[s
     warm = warm_up(work, runs)
     left = max(0.0, seconds - (time.perf_counter() - begun))
     times = interleave(runs, left, (2, options.max_rounds), work.name)
-    result: dict[str, Any] = {"work": dataclasses.asdict(work), "describe": work.describe(), **warm, "seconds": times}
+    result: dict[str, Any] = {"work": dataclasses.asdict(work), **warm, "seconds": times}
     result["tflop"] = {side: work.flops(side != "reference") / 1e12 for side in times}
     if "reference" in times:
         theirs = times["reference"]

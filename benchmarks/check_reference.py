@@ -75,6 +75,7 @@ def our_sample(model: ACDiTTransformer, labels: Tensor, noises: Tensor, steps: i
     """Our guided sample from given noises, (B, N, L, D)."""
     remaining = iter(noises)
     drawn = sampling._noise
+    # The same noise for both sides: the module's own draw gives way.
     sampling._noise = lambda *_: next(remaining)  # type: ignore[assignment]
     try:
         with LiftedCasts() if lifted else contextlib.nullcontext():

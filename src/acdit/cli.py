@@ -77,7 +77,7 @@ def _out_of_memory(detail: str) -> str:
     first = detail.strip().splitlines()[0] if detail.strip() else "no detail"
     return (
         f"out of memory ({first[:120]}). Fix: a smaller optim.batch_size, a larger optim.accumulation (same result, "
-        "less memory), or train.gradient_checkpointing=layers"
+        "less memory), or train.gradient_checkpointing=elementwise (or layers: least memory, a forward more)"
     )
 
 

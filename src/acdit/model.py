@@ -66,7 +66,7 @@ class ACDiTTransformer(ModelMixin, ConfigMixin):
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["ACDiTLayer"]  # noqa: RUF012 (diffusers' class attribute convention)
-    _repeated_blocks = ["ACDiTLayer"]  # noqa: RUF012
+    _repeated_blocks = ["ACDiTLayer"]  # noqa: RUF012 (the same)
 
     @register_to_config
     def __init__(

@@ -37,7 +37,7 @@ class ACDiTPipeline(DiffusionPipeline):
 
     model_cpu_offload_seq = "transformer->vae"
     _optional_components = ["vae"]  # noqa: RUF012 (diffusers' class attribute convention)
-    _callback_tensor_inputs = ["latents"]  # noqa: RUF012
+    _callback_tensor_inputs = ["latents"]  # noqa: RUF012 (the same)
 
     def __init__(
         self,

@@ -102,6 +102,7 @@ class Batches:
         dataset = self.built.dataset
         in_memory = getattr(dataset, "images", None)
         if isinstance(in_memory, Tensor):
+            # A data set that holds its images holds its labels too: the protocol asks for neither.
             labels = torch.as_tensor(dataset.labels)  # type: ignore[attr-defined]
             return ((in_memory[indices], labels[indices]) for indices in self._indices())
         loader = DataLoader(
