@@ -103,6 +103,19 @@ def test_a_save_killed_at_any_step_is_there_wholly_or_not_at_all(tmp_path: Path)
     assert (published / "model.bin").read_bytes() == b"new"
 
 
+def test_a_text_killed_at_any_step_is_the_old_or_the_new_one(tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    log.write_text("old")
+
+    def check() -> None:
+        assert log.read_text() in ("old", "new")
+        storage.clean_leftovers(tmp_path)
+        assert list(tmp_path.iterdir()) == [log]
+
+    assert killed_at_every_step(lambda: storage.write_text_atomic(log, "new"), check) == 2
+    assert log.read_text() == "new"
+
+
 def test_a_prune_killed_at_any_step_leaves_whole_checkpoints(tmp_path: Path) -> None:
     for step in range(1, 6):
         commit(tmp_path / f"checkpoint-{step}")

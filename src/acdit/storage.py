@@ -146,16 +146,21 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def write_json_atomic(path: str | Path, value: Any) -> None:
-    """Write a JSON file wholly or not at all.
+    """Write a JSON file wholly or not at all; raises as `write_text_atomic`."""
+    write_text_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text_atomic(path: str | Path, text: str) -> None:
+    """Write a text file wholly or not at all.
 
     Raises:
         StorageError: there is no room (the bytes needed are named), or the place cannot be written.
     """
     path = Path(path)
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     temporary = path.with_name(f"{_TEMPORARY}{path.name}-{_unique()}")
     try:
         _make_parents(path)
+        _step("write")
         temporary.write_text(text, encoding="utf-8")
         _sync(temporary)
         _step("replace")

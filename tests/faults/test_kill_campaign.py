@@ -2,11 +2,12 @@
 
 Children are killed at random moments of a run that saves at every step, so most kills fall into a save or a prune.
 After every kill the newest committed checkpoint must verify; a killed run is resumed by the next child; a finished one
-must have the hash of the uninterrupted run, and the next child starts a new one.
+must have the hash of the uninterrupted run and every step once in its log, and the next child starts a new one.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -50,7 +51,7 @@ class Campaign:
         self.run = base / "run-0"
 
     def child_ended(self, killed: bool) -> None:
-        """Check what the child left."""
+        """Check what the child left; its last words are in `stderr`."""
         self.kills += killed
         checkpoints = storage.committed_checkpoints(self.run) if self.run.is_dir() else []
         if checkpoints:
@@ -60,10 +61,14 @@ class Campaign:
             storage.verify(self.run / "model")
         if (self.run / "finished").is_file() and (self.run / "finished").read_text():
             assert (self.run / "finished").read_text() == self.expected
+            logged = [json.loads(line)["step"] for line in (self.run / "log.jsonl").read_text().splitlines()]
+            assert logged == list(range(1, 9)), f"{self.run}: the log has steps {logged}"
             self.finished += 1
             self.run = self.base / f"run-{self.finished}"
         else:
-            assert killed, "a child that was not killed must have finished"
+            left = sorted(str(path.relative_to(self.run)) for path in self.run.rglob("*"))
+            words = (self.base / "stderr").read_text()[-3000:]
+            assert killed, f"a child that was not killed must have finished; it said:\n{words}\nand left {left}"
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +92,9 @@ def _fresh(output: Path) -> list[str]:
 def kill_fresh_processes(campaign: Campaign, kills: int) -> None:
     """Fresh interpreters, killed at a random moment after their imports."""
     while campaign.kills < kills:
-        process = subprocess.Popen(_fresh(campaign.run), env=_environment(), stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            _fresh(campaign.run), env=_environment(), stderr=(campaign.base / "stderr").open("w")
+        )
         # The lock appears when training begins; kills during the seconds of imports before it would test nothing.
         lock, before = campaign.run / ".lock", time.time()
         while process.poll() is None and not (lock.is_file() and lock.stat().st_mtime >= before):
@@ -98,7 +105,7 @@ def kill_fresh_processes(campaign: Campaign, kills: int) -> None:
 
 
 FORK_SERVER = """
-import os, random, signal, sys, time
+import os, random, signal, sys, time, traceback
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
@@ -113,13 +120,14 @@ campaign = Campaign(base, expected, seed=1)
 while campaign.kills < kills:
     child = os.fork()
     if child == 0:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        os.dup2(os.open(base / "stderr", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
         code = 1
         try:
             train_or_resume(campaign.run)
             code = 0
-        finally:
-            os._exit(code)
+        except BaseException:
+            traceback.print_exc()
+        os._exit(code)
     time.sleep(campaign.random.uniform(0.02, 0.9))
     os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)

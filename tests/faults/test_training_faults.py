@@ -24,6 +24,7 @@ from acdit.errors import ConfigError, DataError, NonFiniteError, StorageError
 from acdit.recipe import recipe_to_yaml
 from acdit.training import Trainer, loop
 from acdit.training.ema import EMAWeights
+from acdit.training.reporting import Report
 from tests.training.runs import run, state_hash, tiny_recipe
 
 
@@ -282,6 +283,42 @@ def test_a_label_out_of_range_is_found_before_the_first_step(tmp_path: Path, mon
     monkeypatch.setattr(building, "build_dataset", lambda recipe: dataset)
     with pytest.raises(DataError, match="sample 17"):
         Trainer(tiny_recipe(), tmp_path)
+
+
+def test_a_kill_while_the_log_is_trimmed_loses_no_record(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Resuming drops records from after the checkpoint: in place, a kill amid that emptied the log."""
+    log = copied / "log.jsonl"
+    kept = log.read_text()
+    log.write_text(kept + '{"step": 7, "loss": 1.0}\n{"step": 8, "lo')
+    before = log.read_text()
+
+    class KilledError(BaseException):
+        pass
+
+    def kill(*_: object, **__: object) -> None:
+        raise KilledError
+
+    for name in ("write_text", "replace"):
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, name, kill)
+            with pytest.raises(KilledError):
+                Report(copied, tiny_recipe(), 6, 6, active=True, progress=False)
+        assert log.read_text() == before
+    Report(copied, tiny_recipe(), 6, 6, active=True, progress=False).close()
+    assert log.read_text() == kept
+
+
+def test_a_run_ends_well_without_its_loss_curve(
+    copied: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Neither a lost log nor a missing matplotlib is a reason to end in an error after the last step."""
+    (copied / "log.jsonl").write_text("")
+    Trainer(tiny_recipe(), copied, resume="latest", progress=False).train()
+    assert "no loss curve" in caplog.text
+    assert "no line with a step and a loss" in caplog.text
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    Trainer(tiny_recipe(train__steps=8), copied, resume="latest", progress=False).train()
+    assert "acdit[train]" in caplog.text
 
 
 # --- rows 3 and 19, and the command line ---------------------------------------------------------------------------

@@ -124,7 +124,7 @@ class Trainer:
         with storage.RunLock(self.run) if main else contextlib.nullcontext(), self._signals():
             if main:
                 storage.clean_leftovers(self.run)
-                (self.run / "recipe.yaml").write_text(recipe_to_yaml(self.recipe), encoding="utf-8")
+                storage.write_text_atomic(self.run / "recipe.yaml", recipe_to_yaml(self.recipe))
             self._loop()
         return self._published()
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from acdit import pictures
-from acdit.errors import ConfigError
+from acdit import pictures, storage
+from acdit.errors import DataError
 from acdit.pipelines import ACDiTPipeline
 from acdit.recipe import Recipe
 
@@ -96,12 +96,12 @@ class Report:
         self.loss_curve()
 
     def loss_curve(self) -> None:
-        """Draw loss.png from the log."""
+        """Draw loss.png from the log; a run never ends for want of a picture."""
         if not self.active or not self.log_path.is_file():
             return
         try:
             pictures.loss_curve(self.log_path, self.run / "loss.png")
-        except ConfigError as error:  # no matplotlib
+        except (DataError, ImportError) as error:  # nothing logged yet, or no matplotlib
             logger.warning("no loss curve: %s", error)
 
     def close(self) -> None:
@@ -121,4 +121,5 @@ class Report:
                     kept.append(line)
             except (ValueError, KeyError, TypeError):
                 continue  # a line torn by a kill
-        self.log_path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        # In place, a kill between emptying and writing would lose the whole log.
+        storage.write_text_atomic(self.log_path, "".join(line + "\n" for line in kept))
