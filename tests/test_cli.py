@@ -53,6 +53,15 @@ def test_unknown_flags_end_with_2() -> None:
     assert done.value.code == 2
 
 
+def test_only_overrides_may_stand_behind_options(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "digits", "--output", "x", "trian.steps=3"]) == 2
+    assert "trian" in capsys.readouterr().err
+    for stray in (["train", "digits", "--output", "x", "stray"], ["convert", "a", "b", "c=d"], ["recipes", "--a=b"]):
+        with pytest.raises(SystemExit) as done:
+            main(stray)
+        assert done.value.code == 2
+
+
 def test_train_sample_and_look(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = tmp_path / "tiny.yaml"
     recipe.write_text(
@@ -65,7 +74,8 @@ def test_train_sample_and_look(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main(["train", str(recipe), "train.steps=3", "--output", str(output)]) == 0
     assert "model" in capsys.readouterr().out
     assert main(["train", str(recipe), "train.steps=3", "--output", str(output)]) == 5  # a run is there already
-    assert main(["train", str(recipe), "train.steps=4", "--output", str(output), "--resume"]) == 0
+    # Overrides may stand anywhere, behind --resume too, whose checkpoint is optional.
+    assert main(["train", str(recipe), "--output", str(output), "--resume", "train.steps=4", "train.log_every=1"]) == 0
     assert (output / "checkpoint-4").is_dir()
     assert main(["train", str(recipe), "--output", str(tmp_path / "b"), "--from", str(output / "checkpoint-4")]) == 0
     assert (tmp_path / "b" / "checkpoint-9").is_dir()

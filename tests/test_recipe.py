@@ -100,6 +100,7 @@ BAD: dict[str, tuple[str, ...]] = {
     "train.steps.x=3": ("train.steps", "group of keys"),
     "train.epochs=3": ("train.steps, train.epochs", "both"),
     "train.steps=null": ("train.steps, train.epochs", "neither"),
+    "train.gradient_checkpointing=true": ("train.gradient_checkpointing", "True (bool)", "none, elementwise, layers"),
     "name=3": ("name", "text"),
     "name=null": ("name", "text"),
     "optim": ("key.key=value",),

@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code; see `EXIT_CODES`.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    options = _parser().parse_args([_dashes(argument) for argument in given])
+    options = _parsed([_dashes(argument) for argument in given])
     logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(levelname)s %(message)s")
     if options.debug:
         return int(options.run(options) or 0)
@@ -79,6 +79,22 @@ def _out_of_memory(detail: str) -> str:
         f"out of memory ({first[:120]}). Fix: a smaller optim.batch_size, a larger optim.accumulation (same result, "
         "less memory), or train.gradient_checkpointing=elementwise (or layers: least memory, a forward more)"
     )
+
+
+def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse; recipe overrides (key.key=value) may stand anywhere, where argparse wants positionals together."""
+    parser = _parser()
+    options, left = parser.parse_known_args(arguments)
+    overrides: list[str] | None = getattr(options, "overrides", None)
+    if overrides is not None:
+        if "=" in (getattr(options, "resume", None) or ""):  # `--resume train.steps=9`: latest, and an override
+            overrides.append(options.resume)
+            options.resume = "latest"
+        overrides += [argument for argument in left if "=" in argument and not argument.startswith("-")]
+        left = [argument for argument in left if argument not in overrides]
+    if left:
+        parser.error(f"unrecognized arguments: {' '.join(left)}")
+    return options
 
 
 def _dashes(argument: str) -> str:
@@ -153,6 +169,7 @@ def _parser() -> argparse.ArgumentParser:
     demo = command(
         "demo", _demo, "Train on the built-in digits and look at the result.", "acdit demo --output runs/demo"
     )
+    demo.add_argument("overrides", nargs="*", metavar="key.key=value", help="change fields of the recipe `digits`")
     demo.add_argument("--output", default="runs/demo", help="default runs/demo")
     demo.add_argument("--seed", type=int, default=0)
 
@@ -338,7 +355,7 @@ def _convert(options: argparse.Namespace) -> None:
 def _demo(options: argparse.Namespace) -> None:
     from acdit.demo import run_demo
 
-    run_demo(options.output, seed=options.seed)
+    run_demo(options.output, seed=options.seed, overrides=options.overrides)
 
 
 def _recipes(options: argparse.Namespace) -> None:

@@ -211,7 +211,8 @@ def _read(kind: Any, value: Any, path: str) -> Any:
     accepted = (int, float) if kind is float else (kind,)
     if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
         names = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
-        raise ConfigError(path, found=_shown(value), expected=names[kind])
+        choices = f"one of {', '.join(CHOICES[path])}" if path in CHOICES else names[kind]
+        raise ConfigError(path, found=_shown(value), expected=choices)
     return float(value) if kind is float else value
 
 
