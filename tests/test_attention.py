@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from acdit import attention
+from acdit import attention, products
 from acdit.attention import (
     CLEAN,
     Streams,
@@ -216,3 +216,21 @@ def test_low_precision_stays_close_to_fp64(dtype: torch.dtype) -> None:
     assert out.dtype == dtype
     error = (out.double() - exact).norm() / exact.norm()
     assert error < (1e-6 if dtype == torch.float32 else 1e-2)
+
+
+@pytest.mark.parametrize("in_hardware", [True, False])
+def test_bf16_gradients_stay_close_to_fp64_with_and_without_bf16_units(
+    in_hardware: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "CPU_MULTIPLIES_BF16", in_hardware)
+    streams = Streams(3, 4, 2, 16)
+    q, k, v = random_qkv(streams, 0, random.Random(3))
+
+    def gradients(dtype: torch.dtype) -> list[torch.Tensor]:
+        leaves = [part.detach().to(dtype).requires_grad_() for part in (q, k, v)]
+        skip_causal_attention(*leaves, streams, "sdpa").square().sum().backward()
+        return [leaf.grad for leaf in leaves]
+
+    for found, exact in zip(gradients(torch.bfloat16), gradients(torch.float64), strict=True):
+        assert found.dtype == torch.bfloat16
+        assert (found.double() - exact).norm() / exact.norm() < 2e-2

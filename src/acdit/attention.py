@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
+from acdit import products
 from acdit.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -194,6 +195,9 @@ def _flash(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 def _flash_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if q.dtype == torch.bfloat16 and not products.CPU_MULTIPLIES_BF16:
+        # torch's bf16 kernel is ten times slower there; factors widen exactly, the softmax is kept in fp32.
+        grad, q, k, v, out = (part.float() for part in (grad, q, k, v, out))
     grad_q, grad_k, grad_v = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         *(part.transpose(1, 2) for part in (grad, q, k, v, out)), lse.squeeze(-1).transpose(1, 2), 0.0, False
     )

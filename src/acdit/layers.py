@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from acdit.attention import Streams, attend_clean_blocks, attend_prefix_and_own, skip_causal_attention
 from acdit.cache import KVCache
+from acdit.products import Linear, linear
 from acdit.rope import rotate
 
 
@@ -77,7 +78,7 @@ class TimestepEmbedder(nn.Module):
     def __init__(self, hidden_size: int, frequency_size: int = 256) -> None:
         super().__init__()
         self.frequency_size = frequency_size
-        self.mlp = nn.Sequential(nn.Linear(frequency_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+        self.mlp = nn.Sequential(Linear(frequency_size, hidden_size), nn.SiLU(), Linear(hidden_size, hidden_size))
 
     def forward(self, timestep: Tensor) -> Tensor:
         """timestep (…), real or integer, 0 … 1000 → (…, W)."""
@@ -97,10 +98,10 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         head_dim = hidden_size // num_heads
-        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.qkv = Linear(hidden_size, 3 * hidden_size)
         self.q_norm = RMSNorm(head_dim)
         self.k_norm = RMSNorm(head_dim)
-        self.proj = nn.Linear(hidden_size, hidden_size)
+        self.proj = Linear(hidden_size, hidden_size)
 
     def project(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
         """x (…, L, W) → q, k, v (…, L, H, K), q and k normalised and rotated."""
@@ -111,7 +112,7 @@ class Attention(nn.Module):
         """What is left of `project` when nobody reads the output of these tokens: k and v alone."""
         width = x.shape[-1]
         bias = self.qkv.bias[width:]
-        k, v = F.linear(x, self.qkv.weight[width:], bias).unflatten(-1, (2, self.num_heads, -1)).unbind(-3)
+        k, v = linear(x, self.qkv.weight[width:], bias).unflatten(-1, (2, self.num_heads, -1)).unbind(-3)
         return self._place(k, self.k_norm, rope), v
 
     def output(self, attended: Tensor) -> Tensor:
@@ -129,8 +130,8 @@ class MLP(nn.Module):
 
     def __init__(self, hidden_size: int, inner_size: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(hidden_size, inner_size)
-        self.fc2 = nn.Linear(inner_size, hidden_size)
+        self.fc1 = Linear(hidden_size, inner_size)
+        self.fc2 = Linear(inner_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
@@ -178,7 +179,7 @@ class ACDiTLayer(nn.Module):
         self.attn = Attention(hidden_size, num_heads)
         self.norm2 = RMSNorm(hidden_size)
         self.mlp = MLP(hidden_size, inner_size)
-        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+        self.modulation = nn.Sequential(nn.SiLU(), Linear(hidden_size, 6 * hidden_size))
 
     def forward(self, x: Tensor, condition: Tensor, rope: Rope, streams: Streams, execution: str, last: bool) -> Tensor:
         """Both streams of a training forward.
@@ -252,8 +253,8 @@ class FinalLayer(nn.Module):
     def __init__(self, hidden_size: int, token_dim: int) -> None:
         super().__init__()
         self.norm = RMSNorm(hidden_size)
-        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
-        self.linear = nn.Linear(hidden_size, token_dim)
+        self.modulation = nn.Sequential(nn.SiLU(), Linear(hidden_size, 2 * hidden_size))
+        self.linear = Linear(hidden_size, token_dim)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         """x (…, L, W), condition (…, W) → (…, L, D)."""

@@ -25,6 +25,7 @@ from acdit.cache import KVCache
 from acdit.errors import ConfigError
 from acdit.layers import ACDiTLayer, FinalLayer, Rope, TimestepEmbedder, wide_dtype
 from acdit.layout import BlockLayout
+from acdit.products import Linear
 from acdit.rope import default_split, rotation, segment_widths
 
 PRESETS: dict[str, dict[str, int]] = {
@@ -93,7 +94,7 @@ class ACDiTTransformer(ModelMixin, ConfigMixin):
         segment_widths(attention_head_dim, self.rope_split)
         hidden_size = num_attention_heads * attention_head_dim
         token_dim = self.layout.token_dim(in_channels)
-        self.x_embedder = nn.Linear(token_dim, hidden_size, bias=False)
+        self.x_embedder = Linear(token_dim, hidden_size, bias=False)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = nn.Embedding(num_classes + 1, hidden_size) if num_classes is not None else None
         self.layers = nn.ModuleList(

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-import acdit.attention  # noqa: F401 (registers the operator named below)
+import acdit.attention
+import acdit.products  # noqa: F401 (both register operators named below)
 
 _aten = torch.ops.aten
 PRODUCTS = frozenset(
@@ -35,6 +36,7 @@ PRODUCTS = frozenset(
         _aten._scaled_dot_product_cudnn_attention.default,
         torch.ops.higher_order.flex_attention,
         torch.ops.acdit.blockwise_attention.default,
+        torch.ops.acdit.bf16_linear.default,
     }
 )
 """Operators whose outputs are kept: those that cost arithmetic, not memory traffic."""
