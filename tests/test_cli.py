@@ -163,7 +163,7 @@ def test_an_unexpected_error_is_one_line_too(
     def broken(_: object) -> None:
         raise ZeroDivisionError("oh")
 
-    monkeypatch.setattr(cli, "_recipes", broken)
+    monkeypatch.setattr(cli.recipes, "_recipes", broken)
     assert main(["recipes"]) == 1
     assert (
         capsys.readouterr().err == "acdit: error: ZeroDivisionError: oh (this looks like a bug; --debug shows where)\n"
@@ -174,5 +174,5 @@ def test_interruption_ends_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_recipes", interrupted)
+    monkeypatch.setattr(cli.recipes, "_recipes", interrupted)
     assert main(["recipes"]) == 130

@@ -1,0 +1,7 @@
+"""python -m acdit.cli"""
+
+import sys
+
+from acdit.cli import main
+
+sys.exit(main())

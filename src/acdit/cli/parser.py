@@ -1,0 +1,31 @@
+"""What the commands share: how one is declared, its options' types, the exit codes."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+AddCommand = Callable[..., argparse.ArgumentParser]
+"""(name, run, summary, example) → the new command's parser. `run` takes the parsed options and returns an exit code or
+None."""
+
+EXIT_CODES = """exit codes:
+  0  done                           4  NaN or infinite loss or gradient
+  2  wrong recipe or option         5  storage: no room, damaged or missing checkpoint
+  3  wrong or missing input data    6  another process of the run is gone
+  130, 143  interrupted or terminated; a training run has saved first"""
+
+
+def positive(text: str) -> int:
+    """A positive integer, as argparse wants its types."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not positive")
+    return value
+
+
+def version() -> str:
+    """The package's version."""
+    from acdit import __version__
+
+    return __version__
