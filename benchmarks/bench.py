@@ -182,7 +182,7 @@ def report(result: dict[str, Any]) -> str:
     ]  # fmt: skip
     if emulated:
         lines.append(
-            "- this processor has no bf16 unit: torch's own bf16 kernels, which the reference runs on, are slower there "
+            "- this processor has no bf16 unit: torch's own bf16 kernels, which the reference uses, are slower there "
             "than its fp32 ones; ours multiplies the same bf16 factors on the fp32 units (acdit.products). The ratios "
             "say nothing of processors with AMX. Shares are of the fp32 rate."
         )
