@@ -85,6 +85,10 @@ def load_reference(checkout: Path) -> ModuleType:
         module = importlib.util.module_from_spec(spec)
         with contextlib.redirect_stdout(io.StringIO()):
             spec.loader.exec_module(module)
+    except ModuleNotFoundError as error:
+        raise SystemExit(
+            f"the reference imports {error.name}, which is not installed: pip install {error.name}"
+        ) from None
     finally:
         sys.path.remove(str(checkout))
         for name, previous in held.items():
