@@ -29,7 +29,7 @@ from typing import Any
 import pytest
 import torch
 
-from acdit import convert
+from acdit import convert, pickles
 from acdit.convert import convert_reference, to_reference_state_dict
 from acdit.errors import DataError
 from tests.test_convert import IMAGE, random_model, save
@@ -176,7 +176,7 @@ def test_the_second_wall_stands_alone(
     """Were the list of instructions wrong, torch's restricted unpickler would still refuse."""
     for key, value in ENVIRONMENTS[environment].items():
         monkeypatch.setenv(key, value)
-    monkeypatch.setattr(convert, "_require_known_globals", lambda path, pickled: None)
+    monkeypatch.setattr(pickles, "_require_known_globals", lambda path, pickled: None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about pickle protocols
         is_refused(archive(tmp_path / "in.pt", PICKLES[name]), tmp_path / "out")
@@ -184,7 +184,7 @@ def test_the_second_wall_stands_alone(
 
 
 def test_what_others_allowed_does_not_count(tmp_path: Path, cage: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convert, "_require_known_globals", lambda path, pickled: None)
+    monkeypatch.setattr(pickles, "_require_known_globals", lambda path, pickled: None)
     with torch.serialization.safe_globals([timeit.timeit, time.perf_counter, (io.FileIO, "_io.FileIO")]):
         path = archive(tmp_path / "in.pt", PICKLES["timeit"])
         torch.load(path, weights_only=True)
@@ -324,7 +324,7 @@ def test_a_truncated_file_is_refused(tmp_path: Path, part: float) -> None:
 
 
 def test_a_huge_pickle_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convert, "_MAX_PICKLE_BYTES", 1000)
+    monkeypatch.setattr(pickles, "_MAX_PICKLE_BYTES", 1000)
     path = archive(tmp_path / "in.pt", GOOD + bytes(1000))
     is_refused(path, tmp_path / "out", "not what torch.save writes")
 

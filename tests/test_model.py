@@ -15,6 +15,7 @@ from acdit.errors import ConfigError
 from acdit.layers import RMSNorm, TimestepEmbedder
 from acdit.model import PRESETS
 from acdit.recompute import checkpoint_elementwise
+from acdit.rope import FORMS
 from tests.conftest import blocks_like, tiny_model
 
 LAYOUTS = {
@@ -74,6 +75,50 @@ def test_cached_denoising_equals_the_training_forward_block_by_block(name: str) 
             torch.testing.assert_close(out, expected[:, :, block], rtol=0, atol=1e-12)
             if block + 1 < model.layout.num_blocks:
                 model.prefill(clean[:, block : block + 1], cache)
+
+
+@pytest.mark.parametrize("rope", FORMS)
+@pytest.mark.parametrize("execution", ["sdpa", "dense"])
+def test_every_rope_denoises_from_the_cache_as_in_the_forward_and_beyond_the_trained_extent(
+    rope: str, execution: str
+) -> None:
+    """A model of 4 blocks goes on for 8; one of 8 blocks with its weights (and, at these extents, its bases) agrees."""
+    small = tiny_model((4, 4), (2, 2), rope=rope)
+    large = tiny_model((8, 4), (2, 2), rope=rope)
+    large.load_state_dict(small.state_dict())
+    large.attention_execution = execution
+    clean, noisy = blocks_like(large, 2), blocks_like(large, 2)
+    timestep, labels = torch.rand(2, 8) * 999, torch.tensor([1, 4])
+    with torch.no_grad():
+        expected = large(clean, noisy, timestep, labels).sample
+        cache = small.new_cache(2, num_blocks=8)
+        for block in range(8):
+            out = small.denoise(noisy[:, block], timestep[:, block], labels, cache)
+            torch.testing.assert_close(out, expected[:, block], rtol=0, atol=1e-12)
+            small.prefill(clean[:, block : block + 1], cache)
+
+
+def test_the_ropes_differ_and_without_one_places_in_a_block_are_alike() -> None:
+    clean, noisy = blocks_like(tiny_model(), 1), blocks_like(tiny_model(), 1)
+    swapped = noisy.clone()
+    swapped[:, :, [0, 5]] = noisy[:, :, [5, 0]]
+    outs = {}
+    for rope in FORMS:
+        model = tiny_model(rope=rope)
+        with torch.no_grad():
+            outs[rope], moved = (model(clean, x, 500, torch.tensor([1])).sample for x in (noisy, swapped))
+        moved[:, :, [0, 5]] = moved[:, :, [5, 0]]
+        same = torch.allclose(outs[rope], moved, rtol=0, atol=1e-12)
+        assert same == (rope == "none")
+    for one in FORMS:
+        for other in FORMS:
+            assert one == other or (outs[one] - outs[other]).abs().max() > 1e-6
+
+
+def test_a_split_without_axes_to_split_is_refused() -> None:
+    for options in ({"rope": "1d", "rope_split": (1, 1)}, {"rope": "none", "rope_split": (1,)}, {"rope": "axial2"}):
+        with pytest.raises(ConfigError, match="rope"):
+            tiny_model(**options)
 
 
 def test_blocks_may_be_read_one_by_one_or_together() -> None:

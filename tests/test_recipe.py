@@ -22,11 +22,8 @@ from acdit.recipe import (
     load_recipe,
     recipe_from_dict,
     recipe_to_dict,
-    recipe_to_yaml,
-    shipped_recipes,
 )
 from acdit.strict_yaml import read_yaml
-from acdit.training.build import build_model
 
 MINIMAL = """
 name: x
@@ -42,19 +39,6 @@ def path(tmp_path: Path) -> Path:
     file = tmp_path / "recipe.yaml"
     file.write_text(MINIMAL)
     return file
-
-
-@pytest.mark.parametrize("name", shipped_recipes())
-def test_every_shipped_recipe_parses_builds_and_says_how_it_is_started(name: str) -> None:
-    recipe = load_recipe(name)
-    assert build_model(recipe.model).layout.num_blocks >= 1
-    assert recipe_from_dict(read_yaml(recipe_to_yaml(recipe), name)) == recipe
-    text = Path(__file__).parents[1].joinpath("src/acdit/recipes", f"{name}.yaml").read_text()
-    assert text.startswith("# acdit "), "the head of a recipe is its launch command"
-
-
-def test_the_shipped_names_are_known() -> None:
-    assert {"digits", "mnist"} <= set(shipped_recipes())
 
 
 def test_overrides_are_yaml_and_win(path: Path) -> None:

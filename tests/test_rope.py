@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from acdit.errors import ConfigError
+from acdit.layout import BlockLayout
 from acdit.rope import base_for_extent, default_split, rotate, rotation, segment_widths
 
 
@@ -75,6 +76,24 @@ def test_the_reference_form_pairs_across_the_whole_head(extents: tuple[int, ...]
     torch.testing.assert_close(
         rotate(x, cos, sin, "reference"), reference_form_by_hand(x, position, extents, split), rtol=0, atol=1e-12
     )
+
+
+def test_one_axis_form_is_textbook_rope_over_the_sequence() -> None:
+    layout = BlockLayout((4, 4), (2, 2))
+    positions = layout.sequence_positions(1, 2)
+    assert positions.flatten().tolist() == list(range(4, 12))  # block order, not raster order
+    x = torch.randn(2, 4, 16, dtype=torch.float64)
+    out = rotate(x, *rotation(positions, 16, (16,), (1,), "1d", torch.float64), "1d")
+    for place in range(8):
+        block, token = divmod(place, 4)
+        expected = rope_1d_by_hand(x[block, token], 4 + place, base_for_extent(16))
+        torch.testing.assert_close(out[block, token], expected, rtol=0, atol=1e-12)
+
+
+def test_no_rope_is_the_identity() -> None:
+    x = torch.randn(3, 4, 10)
+    out = rotate(x, *rotation(torch.arange(12).reshape(3, 4, 1), 10, (12,), (1,), "none", torch.float32), "none")
+    assert torch.equal(out, x)
 
 
 def test_bases_follow_the_extent() -> None:

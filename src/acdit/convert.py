@@ -1,10 +1,7 @@
 """A checkpoint of the reference (thunlp/ACDiT, a pickle in a zip) → a model folder that `ACDiTPipeline` loads.
 
-The one place of this project that reads pickle, and the only one that is handed files from strangers:
+The file is read by `acdit.pickles`, which runs none of its code. Then:
 
-- the archive is checked before anything is read from it: stored entries only, no more bytes than the file has;
-- the pickle's instructions are listed without running them and must name tensors, dicts and `argparse.Namespace` only;
-- `torch.load(weights_only=True)` then reads it, with `argparse.Namespace` the only class added to torch's own;
 - of the namespace, a typed list of fields is used; every other field is reported as ignored;
 - names, shapes and dtypes of all weights must fit a model of the sizes they imply; all misfits are listed at once.
 
@@ -14,14 +11,11 @@ Nothing is written unless all of it holds.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import logging
 import math
-import pickletools
 import re
-import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +27,7 @@ from torch import Tensor, nn
 from acdit.corruption.gaussian import GaussianCorruption
 from acdit.errors import ConfigError, DataError, StorageError
 from acdit.model import ACDiTTransformer
+from acdit.pickles import describe, load_checkpoint, plain_tensors, printable
 from acdit.storage import atomic_directory
 
 logger = logging.getLogger(__name__)
@@ -44,19 +39,7 @@ RENAMED = (
     (r"\.modulation\.", ".adaLN_modulation."),
     (r"^final_layer\.norm\.", "final_layer.norm_final."),
 )
-FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_MAX_PICKLE_BYTES = 64 * 2**20
 _MAX_EXTENT = 65536
-_ALLOWED_GLOBALS = frozenset(
-    [
-        "argparse Namespace",
-        "collections OrderedDict",
-        "torch._utils _rebuild_tensor_v2",
-        "torch._utils _rebuild_parameter",
-        *(f"torch {kind}Storage" for kind in ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Bool")),
-    ]
-)
-_IMPORTING_OPCODES = ("INST", "STACK_GLOBAL", "EXT1", "EXT2", "EXT4")
 
 
 @dataclass(frozen=True)
@@ -128,105 +111,20 @@ def convert_reference(checkpoint: str | Path, output: str | Path, weights: str =
 def read_reference(checkpoint: str | Path, weights: str = "model") -> ReferenceCheckpoint:
     """Read and check a checkpoint, as `convert_reference` does before it writes; the weights are views of the file."""
     path = Path(checkpoint)
-    content = _load(path)
+    content = load_checkpoint(path)
     if not isinstance(content, dict) or type(content.get("args")) is not argparse.Namespace:
         raise DataError(
             f"{path}: not a checkpoint of the reference",
-            found=_describe(content),
+            found=describe(content),
             expected='a dict with "args" (argparse.Namespace) and "model" (a state dict)',
         )
     if not isinstance(content.get(weights), dict):
-        raise DataError(f'{path}: no "{weights}" state dict', found=_describe(content), fix='weights="model" or "ema"')
+        raise DataError(f'{path}: no "{weights}" state dict', found=describe(content), fix='weights="model" or "ema"')
     fields, ignored = _typed_fields(path, vars(content["args"]))
-    state = _plain_tensors(path, content[weights])
+    state = plain_tensors(path, content[weights])
     config = {**_layout(path, fields), **_sizes(path, state)}
     ours = _fitted(path, config, state)
     return ReferenceCheckpoint(config, ours, next(iter(ours.values())).dtype, ignored)
-
-
-# --- reading a file from a stranger ------------------------------------------------------------------------------
-
-
-def _load(path: Path) -> Any:
-    """The unpickled content, or DataError; executes nothing the file says, whatever the environment says."""
-    _require_plain_archive(path)
-    try:
-        with _namespace_only():
-            # Written out: an explicit weights_only cannot be overridden by TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD.
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # the unpickler raises whatever a broken stream makes it raise
-        raise DataError(
-            f"{path}: refused by torch.load(weights_only=True)", found=_shortened(error), expected="tensors and dicts"
-        ) from None
-
-
-@contextlib.contextmanager
-def _namespace_only() -> Iterator[None]:
-    """`argparse.Namespace` as the only addition to torch's own list; what others added is put back afterwards."""
-    held = torch.serialization.get_safe_globals()
-    torch.serialization.clear_safe_globals()
-    try:
-        torch.serialization.add_safe_globals([argparse.Namespace])
-        yield
-    finally:
-        torch.serialization.clear_safe_globals()
-        torch.serialization.add_safe_globals(held)
-
-
-def _require_plain_archive(path: Path) -> None:
-    """Check the zip and list the pickle's instructions, before anything is unpacked or run."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-            _require_stored(path, entries, path.stat().st_size)
-            damaged = archive.testzip()
-            if damaged is not None:
-                raise DataError(f"{path}: entry {damaged!r} is damaged", found="a wrong checksum", fix="get it again")
-            pickles = [entry for entry in entries if re.fullmatch(r"[^/]+/data\.pkl", entry.filename)]
-            if len(pickles) != 1 or archive.comment or pickles[0].file_size > _MAX_PICKLE_BYTES:
-                raise DataError(f"{path}: not what torch.save writes", expected=f"one data.pkl ≤ {_MAX_PICKLE_BYTES} B")
-            _require_known_globals(path, archive.read(pickles[0]))
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read", found=_shortened(error), fix="give the path of a .pt file") from None
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, UnicodeError) as error:
-        raise DataError(
-            f"{path}: not a checkpoint of torch ≥ 1.6",
-            found=_shortened(error),
-            expected="the zip archive that torch.save writes",
-        ) from None
-
-
-def _require_stored(path: Path, entries: list[zipfile.ZipInfo], size: int) -> None:
-    packed = [entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
-    if packed:
-        raise DataError(
-            f"{path}: compressed entries", found=str(packed[:3]), expected="stored entries, as torch.save writes them"
-        )
-    if sum(entry.file_size for entry in entries) > size:
-        raise DataError(f"{path}: entries claim more bytes than the file has", expected=f"at most {size}")
-    names = [entry.filename for entry in entries]
-    roots = {name.split("/")[0] for name in names}
-    if len(set(names)) != len(names) or len(roots) != 1:
-        raise DataError(f"{path}: doubled entries or several roots", expected="one of each, under one root")
-
-
-def _require_known_globals(path: Path, pickled: bytes) -> None:
-    unknown: set[str] = set()
-    try:
-        for opcode, argument, _ in pickletools.genops(pickled):
-            if opcode.name in _IMPORTING_OPCODES:
-                unknown.add(f"{opcode.name} instruction")
-            elif opcode.name == "GLOBAL" and argument not in _ALLOWED_GLOBALS:
-                unknown.add(str(argument))
-    except Exception as error:  # a broken stream makes it raise anything
-        raise DataError(f"{path}: data.pkl is broken", found=_shortened(error)) from None
-    if unknown:
-        raise DataError(
-            f"{path}: refused, its pickle names what weights have no use for",
-            found=_printable(", ".join(sorted(unknown)[:8])),
-            expected="tensors, dicts and argparse.Namespace only",
-            fix="do not load this file with anything else either, unless you made it yourself",
-        )
 
 
 # --- what its arguments say ---------------------------------------------------------------------------------------
@@ -242,17 +140,17 @@ def _typed_fields(path: Path, given: Mapping[Any, Any]) -> tuple[dict[str, Any],
     for name in _REQUIRED:
         value = given.get(name)
         if type(value) is not int or not 1 <= value <= _MAX_EXTENT:
-            wrong.append(f"{name}={_describe(value) if name in given else 'missing'} (an int, 1 … {_MAX_EXTENT})")
+            wrong.append(f"{name}={describe(value) if name in given else 'missing'} (an int, 1 … {_MAX_EXTENT})")
     for name, types in _OPTIONAL.items():
         if name in given and type(given[name]) not in types:
-            wrong.append(f"{name}={_describe(given[name])} (one of {[kind.__name__ for kind in types]})")
+            wrong.append(f"{name}={describe(given[name])} (one of {[kind.__name__ for kind in types]})")
     split = given.get("nd_split")
     if type(split) is str and not re.fullmatch(r"[1-9]\d?(_[1-9]\d?){1,2}", split):
-        wrong.append(f"nd_split={_describe(split)} (parts like 2_3_3)")
+        wrong.append(f"nd_split={describe(split)} (parts like 2_3_3)")
     if wrong:
         raise DataError(f"{path}: args", found="; ".join(wrong), expected="the fields of the reference's training")
     known = (*_REQUIRED, *_OPTIONAL)
-    ignored = sorted(_printable(name)[:80] if type(name) is str else _describe(name) for name in given)
+    ignored = sorted(printable(name)[:80] if type(name) is str else describe(name) for name in given)
     return {name: given[name] for name in known if name in given}, tuple(name for name in ignored if name not in known)
 
 
@@ -307,29 +205,6 @@ def _raster_span(path: Path, tokens: int, axes: tuple[int, ...]) -> tuple[int, .
 # --- its weights --------------------------------------------------------------------------------------------------
 
 
-def _plain_tensors(path: Path, state: Mapping[Any, Any]) -> dict[str, Tensor]:
-    """The state dict, once every value is an ordinary dense tensor that lies in the file, of one floating dtype."""
-    wrong = [_describe(name) for name, value in state.items() if type(name) is not str or not _is_plain(value)]
-    if wrong or not state:
-        raise DataError(f"{path}: weights", found=", ".join(wrong[:8]) or "none", expected="dense tensors under names")
-    tensors = {name: value.detach() for name, value in state.items()}
-    dtypes = {value.dtype for value in tensors.values()}
-    if len(dtypes) != 1 or not dtypes <= set(FLOATS):
-        raise DataError(f"{path}: weights", found=str(dtypes), expected=f"one dtype for all, of {FLOATS}")
-    if sum(value.nbytes for value in tensors.values()) > path.stat().st_size:
-        raise DataError(f"{path}: weights share memory: they are larger than the file")
-    infinite = [name for name, value in tensors.items() if not bool(torch.isfinite(value).all())]
-    if infinite:
-        raise DataError(f"{path}: NaN or infinite weights", found=", ".join(infinite)[:300], expected="finite numbers")
-    return tensors
-
-
-def _is_plain(value: Any) -> bool:
-    if type(value) not in (Tensor, nn.Parameter) or value.layout is not torch.strided or value.is_quantized:
-        return False
-    return value.device.type == "cpu" and value.is_contiguous()
-
-
 def _sizes(path: Path, state: Mapping[str, Tensor]) -> dict[str, Any]:
     """Width, depth, heads and classes from the shapes; names of presets are not trusted."""
     depth = len({match[1] for name in state if (match := re.match(r"blocks\.(\d+)\.", name))})
@@ -377,25 +252,3 @@ def _fitted(path: Path, config: Mapping[str, Any], state: Mapping[str, Tensor]) 
             fix="nothing was written; convert the checkpoint as the reference's training saved it",
         )
     return {name: state[reference_name(name)] for name in shapes}
-
-
-def _describe(value: Any) -> str:
-    """In few words: a file from a stranger must not choose how long a message gets."""
-    if value is None or type(value) is bool or (type(value) is int and abs(value) < 10**12):
-        return repr(value)
-    if type(value) is str:
-        return repr(value[:80])
-    if type(value) is dict:
-        return f"a dict with {[key[:40] for key in list(value)[:8] if isinstance(key, str)]}"
-    return f"a {type(value).__name__}"
-
-
-def _shortened(error: BaseException) -> str:
-    # torch's own message recommends to load the file without protection: only what it found is repeated.
-    found = str(error).split("WeightsUnpickler error:")[-1].split(" Please use ")[0]
-    return f"{type(error).__name__}: {_printable(found)}"
-
-
-def _printable(text: str) -> str:
-    """Without the control characters that could repaint a terminal."""
-    return "".join(character if character.isprintable() else " " for character in text[:300]).strip()

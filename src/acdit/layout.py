@@ -123,6 +123,15 @@ class BlockLayout:
             inside = inside // self.block[axis]
         return torch.stack(axes[::-1], dim=-1)
 
+    def sequence_positions(
+        self, first_block: int = 0, num_blocks: int | None = None, device: torch.device | None = None
+    ) -> Tensor:
+        """Places in the flattened sequence, block after block, (num_blocks, L, 1) int64: one axis instead of `ndim`."""
+        count = self.num_blocks - first_block if num_blocks is None else num_blocks
+        start = first_block * self.block_tokens
+        places = torch.arange(start, start + count * self.block_tokens, device=device)
+        return places.reshape(count, self.block_tokens, 1)
+
     def to_blocks(self, x: Tensor) -> Tensor:
         """Cut a grid into blocks of tokens.
 

@@ -26,7 +26,7 @@ from acdit.errors import ConfigError
 from acdit.layers import ACDiTLayer, FinalLayer, Rope, TimestepEmbedder, wide_dtype
 from acdit.layout import BlockLayout
 from acdit.products import Linear
-from acdit.rope import default_split, rotation, segment_widths
+from acdit.rope import default_split, require_form, rotation, segment_widths
 
 PRESETS: dict[str, dict[str, int]] = {
     "B": {"num_layers": 12, "num_attention_heads": 12, "attention_head_dim": 64},
@@ -58,8 +58,10 @@ class ACDiTTransformer(ModelMixin, ConfigMixin):
         num_layers, num_attention_heads, attention_head_dim: size; see `PRESETS`. W = heads × head dim.
         mlp_ratio: inner width of the MLP over W.
         num_classes: classes of the label embedding, which gets one more row for "no label"; None: unconditional.
-        rope: "axial" (the paper's) or "reference" (for converted checkpoints).
-        rope_split: proportion of the head dimension per axis; None: even, and 2:3:3 for three axes.
+        rope: "axial" (the paper's), "reference" (for converted checkpoints), "1d" (over the place in the sequence) or
+            "none"; see `acdit.rope`.
+        rope_split: proportion of the head dimension per axis; None: even, and 2:3:3 for three axes. "1d" and "none"
+            have no axes to split between.
 
     Raises:
         ConfigError: a block or patch that does not divide, a head dimension that does not split.
@@ -86,12 +88,9 @@ class ACDiTTransformer(ModelMixin, ConfigMixin):
     ) -> None:
         super().__init__()
         self.layout = BlockLayout(grid, block, patch)
-        self.rope_split = tuple(rope_split) if rope_split else default_split(self.layout.ndim)
-        if len(self.rope_split) != self.layout.ndim:
-            raise ConfigError(
-                "rope_split", found=str(self.rope_split), expected=f"{self.layout.ndim} parts, one per axis of the grid"
-            )
-        segment_widths(attention_head_dim, self.rope_split)
+        self.rope_split = self._rope_split(rope, rope_split)
+        if rope != "none":
+            segment_widths(attention_head_dim, self.rope_split)
         hidden_size = num_attention_heads * attention_head_dim
         token_dim = self.layout.token_dim(in_channels)
         self.x_embedder = Linear(token_dim, hidden_size, bias=False)
@@ -272,14 +271,28 @@ class ACDiTTransformer(ModelMixin, ConfigMixin):
             return value
         raise ConfigError("timestep or class_labels", found=f"shape {tuple(value.shape)}", expected=f"up to {shape}")
 
+    def _rope_split(self, rope: str, given: Sequence[int] | None) -> tuple[int, ...]:
+        require_form(rope)
+        axes = 1 if rope in ("1d", "none") else self.layout.ndim
+        split = tuple(given) if given else default_split(axes)
+        if len(split) != axes or (given and rope == "none"):
+            expected = f"{axes} parts, one per axis of the grid" if axes == self.layout.ndim else "null"
+            raise ConfigError("rope_split", found=str(split), expected=f"{expected} with rope={rope!r}")
+        return split
+
     def _rope(self, first_block: int, num_blocks: int) -> Rope:
         """Rotations of consecutive blocks, (num_blocks, L, 1, K)."""
         weight = self.x_embedder.weight
-        positions = self.layout.positions(first_block, num_blocks, device=weight.device)
+        if self.config.rope == "1d":
+            positions = self.layout.sequence_positions(first_block, num_blocks, device=weight.device)
+            extents: tuple[int, ...] = (self.layout.num_tokens,)
+        else:
+            positions = self.layout.positions(first_block, num_blocks, device=weight.device)
+            extents = self.layout.token_grid
         cos, sin = rotation(
             positions,
             self.config.attention_head_dim,
-            self.layout.token_grid,
+            extents,
             self.rope_split,
             self.config.rope,
             wide_dtype(weight.dtype),

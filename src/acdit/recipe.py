@@ -71,7 +71,12 @@ class CodecRecipe:
 
 @dataclass
 class CorruptionRecipe:
-    """Arguments of `GaussianCorruption`, and how many noisy copies share one clean pass."""
+    """Arguments of `GaussianCorruption`; how many noisy copies share one clean pass; how noisy the context may be.
+
+    `context_noise`: 0, clean context (the paper's). Above 0 each clean block is replaced, for the context only, by its
+    corruption at a timestep of its own, uniform below this share of the schedule: 1 is the paper's ablation "noisy
+    context". The model is not told. Sampling context is clean.
+    """
 
     prediction_type: str = "epsilon"
     num_train_timesteps: int = 1000
@@ -83,6 +88,7 @@ class CorruptionRecipe:
     logit_std: float = 1.0
     min_snr_gamma: float | None = None
     copies: int = 1
+    context_noise: float = 0.0
 
 
 @dataclass
@@ -156,10 +162,10 @@ class Recipe:
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.preset": ("B", "L", "XL", "H"),
-    "model.rope": ("axial", "reference"),
-    "data.kind": ("digits", "images", "idx"),
+    "model.rope": ("axial", "reference", "1d", "none"),
+    "data.kind": ("digits", "images", "idx", "latents"),
     "data.split": ("train", "test", "held_out"),
-    "codec.kind": ("pixels",),
+    "codec.kind": ("pixels", "latents"),
     "corruption.prediction_type": ("epsilon", "v_prediction", "flow_prediction"),
     "corruption.timestep_draw": ("uniform", "logit_normal"),
     "optim.schedule": ("wsd", "cosine", "constant"),
@@ -175,6 +181,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "data.size": (1, 2**31), "data.channels": (1, 5), "data.max_bad_files": (0, 2**31), "data.num_workers": (0, 4096),
     "codec.std": (1e-12, math.inf),
     "corruption.num_train_timesteps": (1, 2**31), "corruption.copies": (1, 2**31),
+    "corruption.context_noise": (0, 1 + 1e-12),
     "corruption.logit_std": (1e-12, math.inf), "corruption.min_snr_gamma": (1e-12, math.inf),
     "optim.batch_size": (1, 2**31), "optim.lr": (0, math.inf), "optim.betas": (0, 1), "optim.eps": (0, math.inf),
     "optim.weight_decay": (0, math.inf), "optim.accumulation": (1, 2**31), "optim.max_grad_norm": (1e-12, math.inf),

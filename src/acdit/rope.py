@@ -3,13 +3,16 @@
 The head dimension is split into one even segment per axis; a segment is an ordinary RoPE over its coordinate. Angles
 are computed from the positions that are asked for, so there is no table that runs out.
 
-Two forms:
+Forms:
 
 - ``"axial"``, the paper's: exponents −2(i−1)/d, pairs of neighbouring features inside each segment. A rotation, and
   relative along each axis.
 - ``"reference"``, what the released weights were trained with: exponents run linspace(0, 1, d/2) and features are
   paired half against half of the *whole* head while angles are laid out per axis, so pairs mix axes. Neither a
   rotation nor relative; only for converted checkpoints.
+- ``"1d"``: an ordinary RoPE over one coordinate, the token's place in the whole sequence in block order (an ablation
+  of the paper's Figure 6). The caller hands in that coordinate as the only axis.
+- ``"none"``: no positions at all (the other ablation): the identity.
 """
 
 from __future__ import annotations
@@ -22,12 +25,18 @@ from torch import Tensor
 
 from acdit.errors import ConfigError
 
-FORMS = ("axial", "reference")
+FORMS = ("axial", "reference", "1d", "none")
 
 
 def base_for_extent(extent: int) -> float:
     """RoPE base of an axis with `extent` positions: 100·⌈8·extent/(100·π)⌉, so the slowest turn spans many extents."""
     return 100.0 * math.ceil(8 * extent / (100 * math.pi))
+
+
+def require_form(form: str) -> None:
+    """Refuse a form that is not one of `FORMS`."""
+    if form not in FORMS:
+        raise ConfigError("rope", found=repr(form), expected=f"one of {FORMS}")
 
 
 def default_split(ndim: int) -> tuple[int, ...]:
@@ -62,18 +71,21 @@ def rotation(
         head_dim: K.
         extents: positions per axis in training; they only set the bases.
         split: proportion of the head dimension per axis.
-        form: "axial" or "reference".
+        form: one of `FORMS`; "1d" is given one axis.
         dtype: fp32, or fp64 for fp64 models.
 
     Returns:
         cos and sin, each (…, K); sin carries the sign of the feature's partner.
     """
-    if form not in FORMS:
-        raise ConfigError("rope", found=repr(form), expected=f"one of {FORMS}")
+    require_form(form)
+    if form == "none":
+        shape = (*positions.shape[:-1], head_dim)
+        ones = torch.ones(shape, device=positions.device, dtype=dtype)
+        return ones, torch.zeros_like(ones)
     angles: list[Tensor] = []
     for axis, width in enumerate(segment_widths(head_dim, split)):
         pairs = width // 2
-        if form == "axial":
+        if form != "reference":
             exponents = torch.arange(pairs, device=positions.device, dtype=dtype) * (2.0 / width)
         else:
             # The reference's own arithmetic: a linspace over the head dimension, then divided by it.
@@ -81,7 +93,7 @@ def rotation(
         base = base_for_extent(extents[axis])
         frequencies = 1.0 / base**exponents
         angles.append(positions[..., axis, None].to(frequencies.dtype) * frequencies)
-    if form == "axial":
+    if form != "reference":
         angle = torch.cat(angles, dim=-1).repeat_interleave(2, dim=-1)
         sign = torch.tensor([-1.0, 1.0], device=positions.device, dtype=dtype).repeat(head_dim // 2)
     else:
@@ -102,7 +114,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, form: str) -> Tensor:
         Rotated x in the dtype of `cos`.
     """
     wide = x.to(cos.dtype)
-    if form == "axial":
+    if form == "none":
+        return wide
+    if form != "reference":
         partner = wide.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
     else:
         partner = wide.roll(x.shape[-1] // 2, dims=-1)

@@ -31,6 +31,7 @@ VARIANTS = {
     "flow, min-SNR, flips": {
         "corruption__prediction_type": "flow_prediction", "corruption__min_snr_gamma": 5.0, "data__flip": True
     },
+    "noisy context": {"corruption__context_noise": 0.5, "corruption__copies": 2},
     "bf16": {"train__precision": "bf16"},
     "elementwise checkpointing": {"train__gradient_checkpointing": "elementwise"},
 }  # fmt: skip

@@ -72,6 +72,10 @@ class GaussianCorruption:
         """Uniform draws in [0, 1) → timesteps of the same shape: integers, real numbers for flow."""
         if self.timestep_draw == "logit_normal":
             u = torch.sigmoid(self.logit_mean + self.logit_std * torch.special.ndtri(u))
+        return self.uniform_timesteps(u)
+
+    def uniform_timesteps(self, u: Tensor) -> Tensor:
+        """Shares of the schedule in [0, 1) → timesteps, whatever `timestep_draw` says."""
         if self.is_flow:
             return (u * self.num_train_timesteps).to(torch.float32)
         return (u * self.num_train_timesteps).long().clamp(max=self.num_train_timesteps - 1)

@@ -27,6 +27,8 @@ class Batch:
 
     clean: Tensor
     """(B, N, L, D)"""
+    context: Tensor
+    """(B, N, L, D), what the clean slots hold: `clean` itself, or its corruption with `corruption.context_noise`"""
     noise: Tensor
     """(B, C, N, L, D)"""
     timestep: Tensor
@@ -128,12 +130,26 @@ class Batches:
         if built.model.null_label is not None:
             dropped = draws.uniform((), stream="label_dropout", **key) < recipe.optim.label_dropout
             kept = torch.where(dropped, built.model.null_label, labels).to(self.device)
+        clean = clean.to(self.device)
         return Batch(
-            clean=clean.to(self.device),
+            clean=clean,
+            context=self._context(clean, key),
             noise=noise.to(self.device),
             timestep=built.corruption.timesteps(u).to(self.device),
             labels=kept,
         )
+
+    def _context(self, clean: Tensor, key: dict[str, Any]) -> Tensor:
+        """The clean blocks, or each one's corruption at a timestep and with noise of its own (streams of their own, so
+        that the noisy copies see the draws they would see without)."""
+        level = self.built.recipe.corruption.context_noise
+        if level == 0:
+            return clean
+        corruption = self.built.corruption
+        u = draws.uniform((clean.shape[1],), stream="context_timestep", **key)
+        noise = draws.normal(tuple(clean.shape[1:]), stream="context_noise", **key).to(clean.dtype)
+        timestep = corruption.uniform_timesteps(level * u).to(self.device)
+        return corruption.corrupt(clean, noise.to(self.device), timestep)
 
 
 class _Indexed(torch.utils.data.Dataset[tuple[Tensor, int] | AcditError]):

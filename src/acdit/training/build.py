@@ -10,6 +10,7 @@ from torch import nn
 
 from acdit.codecs import PixelCodec
 from acdit.corruption import GaussianCorruption
+from acdit.costs import Architecture
 from acdit.data.build import Dataset, build_dataset
 from acdit.errors import ConfigError, DataError
 from acdit.model import PRESETS, ACDiTTransformer
@@ -47,6 +48,8 @@ def build(recipe: Recipe) -> Built:
         ConfigError: parts that do not fit each other.
         DataError: the data are not what the recipe says.
     """
+    if recipe.codec.kind != "pixels":
+        raise ConfigError("codec.kind", found=repr(recipe.codec.kind), expected="'pixels' in this version")
     dataset = build_dataset(recipe.data)
     if len(dataset) == 0:
         raise DataError("data", found="no samples", expected="at least one", fix="check data.root and data.split")
@@ -55,7 +58,8 @@ def build(recipe: Recipe) -> Built:
         model.double()
     _check_data(recipe, dataset, model)
     settings = dataclasses.asdict(recipe.corruption)
-    settings.pop("copies")
+    for name in ("copies", "context_noise"):  # the batches' business
+        settings.pop(name)
     steps = recipe.train.steps
     if steps is None:
         assert recipe.train.epochs is not None  # the recipe has exactly one of the two
@@ -83,6 +87,12 @@ def build_model(recipe: ModelRecipe, seed: int = 0) -> ACDiTTransformer:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return ACDiTTransformer(**given, **sizes)
+
+
+def architecture(recipe: ModelRecipe) -> Architecture:
+    """What the recipe's model costs depends on; no memory is taken for it."""
+    with torch.device("meta"):
+        return Architecture.of(build_model(recipe).config)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:

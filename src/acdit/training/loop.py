@@ -197,7 +197,7 @@ class Trainer:
         noisy = corruption.corrupt(clean, batch.noise, batch.timestep)
         bf16 = self.recipe.train.precision == "bf16"
         with torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=bf16):
-            (prediction,) = model(batch.clean, noisy, batch.timestep, batch.labels, return_dict=False)
+            (prediction,) = model(batch.context, noisy, batch.timestep, batch.labels, return_dict=False)
         return corruption.loss(prediction, clean, batch.noise, batch.timestep)
 
     def _clip(self, model: torch.nn.Module) -> float:

@@ -1,0 +1,140 @@
+"""Every recipe that comes with the package: it parses, its model is the paper's, its head says how it is started."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from importlib import resources
+
+import pytest
+import torch
+
+from acdit import costs
+from acdit.model import ACDiTTransformer
+from acdit.recipe import Recipe, difference, load_recipe, recipe_from_dict, recipe_to_yaml, shipped_recipes
+from acdit.strict_yaml import read_yaml
+from acdit.training.build import architecture, build_model
+
+COUNTS = {"b": 130_305_028, "l": 457_851_908, "xl": 674_856_708, "h": 950_959_620}
+"""The reference's exact parameters of image models: 1,000 classes, tokens of 4 numbers."""
+FID = {"imagenet256-l": "2.53", "imagenet256-xl": "2.45", "imagenet256-h": "2.37"}
+"""The paper's Table 1."""
+LARGE = [name for name in shipped_recipes() if name.startswith("imagenet")]
+
+
+def head_of(name: str) -> str:
+    """The comment on top, with its lines joined."""
+    text = resources.files("acdit").joinpath("recipes", f"{name}.yaml").read_text("utf-8")
+    lines = [line for line in text.split("\nname:")[0].splitlines() if line.startswith("#")]
+    return " ".join(line.removeprefix("#").strip() for line in lines)
+
+
+def model_of(recipe: Recipe) -> ACDiTTransformer:
+    with torch.device("meta"):
+        return build_model(recipe.model)
+
+
+def test_the_papers_runs_baselines_and_ablations_are_all_there() -> None:
+    sizes = {f"imagenet{kind}-{size}" for kind in ("256", "512", "256-oneblock") for size in COUNTS}
+    ablations = {f"imagenet256-b-{kind}" for kind in ("norope", "rope1d", "noisycontext")}
+    assert set(LARGE) == sizes | ablations | {"imagenet256-h-long"}
+    assert set(shipped_recipes()) - set(LARGE) >= {"digits", "mnist", "cifar10"}
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_a_recipe_is_read_whole_and_its_head_starts_it(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    assert recipe_from_dict(read_yaml(recipe_to_yaml(recipe), name)) == recipe
+    text = resources.files("acdit").joinpath("recipes", f"{name}.yaml").read_text("utf-8")
+    command = shlex.split(text.splitlines()[0].removeprefix("# ").split("  ")[0])
+    if name == "digits":
+        assert command == ["acdit", "demo"]
+        return
+    launcher = "torchrun --nproc-per-node 8 -m acdit.cli" if name in LARGE else "acdit"
+    assert command[: len(launcher.split())] == launcher.split()
+    verb, started, *rest = command[len(launcher.split()) :]
+    assert (verb, started, rest[-2:]) == ("train", name, ["--output", f"runs/{name}"])
+    load_recipe(name, [word for word in rest if "=" in word])
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_an_imagenet_recipe_is_the_papers(name: str) -> None:
+    recipe = load_recipe(name)
+    size = re.search(r"-(b|l|xl|h)(-|$)", name)[1]
+    model = model_of(recipe)
+    assert sum(parameter.numel() for parameter in model.parameters()) == COUNTS[size]
+    assert model.x_embedder.weight.is_meta
+    side = 64 if "512" in name else 32
+    layout = model.layout
+    assert layout.num_tokens == side**2
+    assert layout.num_blocks == (1 if "oneblock" in name else 4)
+    assert layout.block == ((side, side) if "oneblock" in name else (side // 2, side // 2))
+    optim, train, corruption = recipe.optim, recipe.train, recipe.corruption
+    assert (optim.batch_size, optim.lr, optim.weight_decay) == (1024, 3e-4, 0.0)
+    assert (optim.betas, optim.max_grad_norm, optim.warmup_steps) == ([0.9, 0.95], 1.0, 0)
+    assert (optim.schedule, optim.decay_fraction, optim.label_dropout) == ("wsd", 0.15, 0.1)
+    assert recipe.ema.decays == [0.9999]
+    assert (corruption.prediction_type, corruption.beta_schedule, corruption.num_train_timesteps) == (
+        "epsilon", "linear", 1000,
+    )  # fmt: skip
+    assert (recipe.sampling.num_inference_steps, recipe.sampling.guidance_scale) == (25, 1.5)
+    if name.startswith(("imagenet256-b-", "imagenet256-h-long")):
+        assert train.steps == (2_400_000 if "long" in name else 400_000)
+    else:
+        assert train.steps == 1_200_000
+    assert (recipe.data.kind, recipe.data.channels, recipe.codec.kind) == ("latents", 4, "latents")
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_it_fits_eight_cards_of_80_gb_by_the_closed_form(name: str) -> None:
+    recipe = load_recipe(name)
+    plan = costs.training_memory(
+        architecture(recipe.model), 1024 // 8 // recipe.optim.accumulation, recipe.corruption.copies, devices=8,
+        checkpointing=recipe.train.gradient_checkpointing, precision=recipe.train.precision,
+        accumulation=recipe.optim.accumulation,
+    )  # fmt: skip
+    assert plan.total < 0.9 * 80e9
+
+
+def test_expected_figures_are_the_papers_and_said_to_be() -> None:
+    for name in LARGE:
+        head = head_of(name)
+        if name in FID:
+            assert f"FID-50K {FID[name]}" in head
+            assert "the paper's figure, not measured here" in head
+        else:
+            assert "FID-50K" not in head
+        if re.search("-b-", name):
+            assert "not measured here: a worse FID" in head
+
+
+def test_an_ablation_changes_what_it_is_named_after_and_its_length() -> None:
+    base = load_recipe("imagenet256-b")
+    changed = {
+        name: set(difference(base, load_recipe(f"imagenet256-b-{name}"))) - {"name", "train.steps"}
+        for name in ("norope", "rope1d", "noisycontext")
+    }
+    assert changed == {"norope": {"model.rope"}, "rope1d": {"model.rope"}, "noisycontext": {"corruption.context_noise"}}
+    assert load_recipe("imagenet256-b-noisycontext").corruption.context_noise == 1.0
+    baseline = difference(load_recipe("imagenet256-xl"), load_recipe("imagenet256-oneblock-xl"))
+    assert set(baseline) <= {"name", "model.block", "optim.accumulation"}
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens", "blocks", "parameters"), [("mnist", 196, 4, 724_868), ("cifar10", 256, 4, 726_412)]
+)
+def test_the_small_recipes_are_of_the_size_they_say(name: str, tokens: int, blocks: int, parameters: int) -> None:
+    model = model_of(load_recipe(name))
+    assert (model.layout.num_tokens, model.layout.num_blocks) == (tokens, blocks)
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+
+
+def test_cifar10_costs_about_what_mnist_does() -> None:
+    """What its head says about time rests on this."""
+    work = {}
+    for name in ("mnist", "cifar10"):
+        recipe = load_recipe(name)
+        arch = architecture(recipe.model)
+        work[name] = recipe.train.steps * costs.training_flops(arch, recipe.optim.batch_size, recipe.corruption.copies)
+    assert work["cifar10"] == pytest.approx(work["mnist"], rel=0.05)
