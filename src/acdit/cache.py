@@ -70,6 +70,25 @@ class KVCache:
         end = self.length + extra_tokens
         return self._keys[layer][:, :end], self._values[layer][:, :end]
 
+    def require_fits(self, block_tokens: int, num_layers: int, num_heads: int, num_blocks: int) -> None:
+        """Check before a request that this is a cache for it: of such a model, with room for so many blocks in all.
+
+        Raises:
+            ConfigError: it is not.
+        """
+        own = (self.block_tokens, self.num_layers, self._keys[0].shape[2] if self._keys else 0)
+        asked = (block_tokens, num_layers, num_heads)
+        if own != asked:
+            names = "tokens a block, layers, heads"
+            raise ConfigError(
+                f"cache ({names})", found=str(own), expected=str(asked), fix="make it with this model's new_cache"
+            )
+        if num_blocks * block_tokens > self.max_tokens:
+            raise ConfigError(
+                "cache", found=f"room for {self.max_tokens // block_tokens} blocks", expected=f"{num_blocks}",
+                fix="model.new_cache(batch_size, num_blocks=…)",
+            )  # fmt: skip
+
     def require_room(self, tokens: int) -> None:
         """Check before a read that `tokens` more fit.
 
@@ -101,7 +120,12 @@ class KVCache:
         """A new cache with `copies` samples for each one here, in sample-major order (s0, s0, …, s1, s1, …).
 
         The prefix is copied, so each sample can go on by itself: several futures from one past.
+
+        Raises:
+            ConfigError: fewer than one copy.
         """
+        if copies < 1:
+            raise ConfigError("copies", found=str(copies), expected="at least 1")
         keys = self._keys[0]
         child = KVCache(
             self.num_layers, self.batch_size * copies, self.max_tokens, keys.shape[2], keys.shape[3],

@@ -6,7 +6,8 @@ rectangular blocks in raster order, tokens in raster order inside a block, cells
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -21,9 +22,14 @@ def _valid_sizes(extent: int) -> list[int]:
 
 
 def _as_axes(name: str, value: int | Sequence[int], ndim: int | None = None) -> tuple[int, ...]:
-    axes = (value,) * (ndim or 1) if isinstance(value, int) else tuple(int(size) for size in value)
+    try:
+        # operator.index takes every integer type and nothing that would have to be rounded or parsed.
+        given = [operator.index(size) for size in value] if isinstance(value, Iterable) else operator.index(value)
+    except TypeError:
+        given = []
+    axes = (given,) * (ndim or 1) if isinstance(given, int) else tuple(given)
     if not axes or any(size < 1 for size in axes):
-        raise ConfigError(f"layout.{name}", found=str(value), expected="positive sizes, one per axis")
+        raise ConfigError(f"layout.{name}", found=repr(value), expected="positive integers, one per axis")
     if ndim is not None and len(axes) != ndim:
         raise ConfigError(
             f"layout.{name}", found=f"{axes} ({len(axes)} axes)", expected=f"{ndim} axes, as many as the grid has"

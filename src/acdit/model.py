@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -92,6 +92,8 @@ class ACDiTTransformer(ModelMixin, ConfigMixin):
         if rope != "none":
             segment_widths(attention_head_dim, self.rope_split)
         hidden_size = num_attention_heads * attention_head_dim
+        if int(hidden_size * mlp_ratio) < 1:
+            raise ConfigError("mlp_ratio", found=str(mlp_ratio), expected=f"at least 1/{hidden_size}, one feature")
         token_dim = self.layout.token_dim(in_channels)
         self.x_embedder = Linear(token_dim, hidden_size, bias=False)
         self.t_embedder = TimestepEmbedder(hidden_size)
@@ -104,6 +106,15 @@ class ACDiTTransformer(ModelMixin, ConfigMixin):
         self.attention_execution = "auto"
         """How `forward` attends: "auto", "sdpa", "flex" or "dense"; all give the same numbers."""
         self.initialize_weights()
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *, use_safetensors: bool | None = None, **options: Any
+    ) -> Any:
+        """diffusers' own, but weights come from safetensors unless `use_safetensors=False` is written out: no pickle
+        is read by accident."""
+        safe = True if use_safetensors is None else use_safetensors
+        return super().from_pretrained(pretrained_model_name_or_path, use_safetensors=safe, **options)
 
     @property
     def null_label(self) -> int | None:
@@ -159,8 +170,8 @@ class ACDiTTransformer(ModelMixin, ConfigMixin):
         Args:
             clean: (B, N, L, D), the context. Its last block has no reader and is not computed.
             noisy: (B, N, L, D), or (B, C, N, L, D) for C noisy copies that share the clean pass.
-            timestep: broadcastable to (B, N) or (B, C, N): one a block.
-            class_labels: (B,) or one a block, broadcastable like `timestep`; None: no label.
+            timestep: a number for all, (B,) one a sample, or one a block: broadcastable to (B, N) or (B, C, N).
+            class_labels: one for all, (B,), or one a block, like `timestep`; None: no label.
             return_dict: False gives a tuple.
 
         Returns:
@@ -263,12 +274,12 @@ class ACDiTTransformer(ModelMixin, ConfigMixin):
         """A value per sample, per block or per copy and block, with size-1 axes where it does not vary."""
         if value.ndim == 0:
             return value.reshape((1,) * len(shape))
-        if value.ndim == 1:
+        if value.ndim == 1 and value.shape[0] in (1, shape[0]):
             return value.reshape(-1, *(1,) * (len(shape) - 1))
-        if value.ndim == 2 and len(shape) == 3:
-            return value[:, None]
-        if value.ndim == len(shape) and keep_copies:
-            return value
+        spread = value[:, None] if value.ndim == 2 and len(shape) == 3 else value
+        known = spread.ndim == len(shape) and (keep_copies or value.ndim != 3)
+        if known and all(size in (1, full) for size, full in zip(spread.shape, shape, strict=True)):
+            return spread
         raise ConfigError("timestep or class_labels", found=f"shape {tuple(value.shape)}", expected=f"up to {shape}")
 
     def _rope_split(self, rope: str, given: Sequence[int] | None) -> tuple[int, ...]:

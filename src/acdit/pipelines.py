@@ -4,6 +4,7 @@ Annotations are real objects in this file (no `from __future__`): diffusers read
 looks up `ModelMixin` among this module's names.
 """
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -52,6 +53,15 @@ class ACDiTPipeline(DiffusionPipeline):
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
         self.register_to_config(pixel_mean=pixel_mean, pixel_std=pixel_std, id2label=id2label)
 
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *, use_safetensors: bool | None = None, **options: Any
+    ) -> Any:
+        """diffusers' own, but weights come from safetensors unless `use_safetensors=False` is written out: no pickle
+        is read by accident."""
+        safe = True if use_safetensors is None else use_safetensors
+        return super().from_pretrained(pretrained_model_name_or_path, use_safetensors=safe, **options)
+
     @property
     def codec(self) -> PixelCodec | VAECodec:
         """Files' space ↔ model space, rebuilt from the registered components and config."""
@@ -75,7 +85,7 @@ class ACDiTPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: int | Sequence[int] | Tensor | None = None,
+        class_labels: int | str | Sequence[int | str] | Tensor | None = None,
         num_inference_steps: int | Sequence[int] = 25,
         guidance_scale: float | Sequence[float] = 1.5,
         generator: Generators = None,
@@ -93,7 +103,8 @@ class ACDiTPipeline(DiffusionPipeline):
         """Generate.
 
         Args:
-            class_labels: (B,) class indices, or (B, N) for a label per block; None: no label (guidance is off then).
+            class_labels: (B,) class indices or class names, or (B, N) indices for a label per block; one alone is a
+                batch of one; None: no label (guidance is off then).
             num_inference_steps: solver steps a block, or one number per block.
             guidance_scale: classifier-free guidance; 1 is off. Or one number per block.
             generator: a list gives one stream per sample; an int s gives sample i the seed s + i; a single
@@ -103,7 +114,8 @@ class ACDiTPipeline(DiffusionPipeline):
             return_dict: False gives a tuple.
             batch_size: how many, when there are no labels.
             guidance_interval: (low, high) timesteps outside which guidance is off.
-            prefix: a picture (B or 1, C, H, W) in [0, 1] whose first `num_prefix_blocks` blocks are kept.
+            prefix: a picture (B or 1, C, H, W), or a clip (B or 1, T, C, H, W), in [0, 1], as output_type "pt" gives
+                them; its first `num_prefix_blocks` blocks are kept.
             num_prefix_blocks: how many blocks of `prefix` are given.
             callback_on_step_end: called as (pipeline, step, timestep, {"latents": (B, L, D), "block": index}); a
                 changed "latents" in the returned dict takes the place of the noisy block. Steps count over all blocks.
@@ -120,8 +132,12 @@ class ACDiTPipeline(DiffusionPipeline):
             raise ConfigError("output_type", found=repr(output_type), expected=f"one of {OUTPUT_TYPES}")
         if output_type != "latent":
             self._require_codec()
-        if isinstance(class_labels, int):
-            class_labels = [class_labels]
+            if self.transformer.layout.ndim not in (2, 3):
+                raise ConfigError(
+                    "output_type", found=f"{output_type!r} of a model of {self.transformer.layout.ndim}-D data",
+                    expected='"latent": only pictures and clips have pixels',
+                )  # fmt: skip
+        class_labels = self._label_list(class_labels)
         if class_labels is None:
             guidance_scale = 1.0
         unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
@@ -203,13 +219,28 @@ class ACDiTPipeline(DiffusionPipeline):
 
     def _prefix_blocks(self, prefix: Tensor | None, num_prefix_blocks: int | None) -> Tensor | None:
         if prefix is None:
+            if num_prefix_blocks is not None:
+                raise ConfigError("num_prefix_blocks", found="no prefix", expected="both or neither")
             return None
         total = self.transformer.layout.num_blocks
         if num_prefix_blocks is None or not 0 < num_prefix_blocks < total:
             raise ConfigError("num_prefix_blocks", found=str(num_prefix_blocks), expected=f"1 … {total - 1}")
+        if prefix.ndim == 5:
+            prefix = prefix.transpose(1, 2)
         encoded = self.codec.encode(prefix.to(self.transformer.device))
         return self.transformer.layout.to_blocks(encoded)[:, :num_prefix_blocks]
 
+    def _label_list(self, labels: Any) -> Any:
+        """One label as a batch of one; names as indices."""
+        if isinstance(labels, str) or (
+            isinstance(labels, list | tuple) and any(isinstance(one, str) for one in labels)
+        ):
+            return self.get_label_ids(labels)
+        if labels is None or not hasattr(labels, "__index__") or getattr(labels, "ndim", 0):
+            return labels
+        return [operator.index(labels)]
+
     @staticmethod
-    def _steps_per_block(steps: int | Sequence[int], first: int, num_blocks: int) -> list[int]:
+    def _steps_per_block(steps: Any, first: int, num_blocks: int) -> list[int]:
+        steps = steps.tolist() if hasattr(steps, "tolist") else steps
         return [steps] * (num_blocks - first) if isinstance(steps, int) else list(steps)[first:num_blocks]

@@ -168,6 +168,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "codec.kind": ("pixels", "latents"),
     "corruption.prediction_type": ("epsilon", "v_prediction", "flow_prediction"),
     "corruption.timestep_draw": ("uniform", "logit_normal"),
+    "corruption.beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
     "optim.schedule": ("wsd", "cosine", "constant"),
     "train.precision": ("fp32", "bf16", "fp64"),
     "train.gradient_checkpointing": ("none", "elementwise", "layers"),
@@ -182,6 +183,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "codec.std": (1e-12, math.inf),
     "corruption.num_train_timesteps": (1, 2**31), "corruption.copies": (1, 2**31),
     "corruption.context_noise": (0, 1 + 1e-12),
+    "corruption.beta_start": (1e-12, 1), "corruption.beta_end": (1e-12, 1), "model.mlp_ratio": (1e-12, 2**31),
     "corruption.logit_std": (1e-12, math.inf), "corruption.min_snr_gamma": (1e-12, math.inf),
     "optim.batch_size": (1, 2**31), "optim.lr": (0, math.inf), "optim.betas": (0, 1), "optim.eps": (0, math.inf),
     "optim.weight_decay": (0, math.inf), "optim.accumulation": (1, 2**31), "optim.max_grad_norm": (1e-12, math.inf),
@@ -220,7 +222,12 @@ def _read(kind: Any, value: Any, path: str) -> Any:
         names = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
         choices = f"one of {', '.join(CHOICES[path])}" if path in CHOICES else names[kind]
         raise ConfigError(path, found=_shown(value), expected=choices)
-    return float(value) if kind is float else value
+    if kind is not float:
+        return value
+    try:
+        return float(value)
+    except OverflowError:
+        raise ConfigError(path, found=_shown(value), expected="a number that fits a float") from None
 
 
 def _shown(value: Any) -> str:

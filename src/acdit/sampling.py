@@ -5,10 +5,14 @@ Guidance and solver live here; the model only predicts.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
+import math
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -18,7 +22,7 @@ from acdit.cache import KVCache
 from acdit.errors import ConfigError
 from acdit.model import ACDiTTransformer, wide_dtype
 
-Generators = int | torch.Generator | list[torch.Generator] | None
+Generators = int | torch.Generator | Sequence[torch.Generator] | None
 
 
 @dataclass
@@ -86,10 +90,7 @@ def sample_blocks(
     dtype = model.x_embedder.weight.dtype
     labels = _labels(model, class_labels)
     batch = _batch_size(labels, batch_size, prefix, cache)
-    if isinstance(generator, int):
-        generator = generators_from_seed(generator, batch)
-    if isinstance(generator, list) and len(generator) != batch:
-        raise ConfigError("generator", found=f"{len(generator)} generators", expected=f"one per sample, {batch}")
+    generator = _generators(generator, batch)
     held = cache.num_blocks if cache is not None else 0
     first = held + (prefix.shape[1] if prefix is not None else 0)
     count = layout.num_blocks - first if num_blocks is None else num_blocks
@@ -97,6 +98,9 @@ def sample_blocks(
         raise ConfigError(
             "prefix", found=f"{first} blocks given", expected=f"fewer than the grid's {layout.num_blocks}"
         )
+    num_inference_steps, guidance_scale = _listed(num_inference_steps), _listed(guidance_scale)
+    if guidance_interval is not None and not guidance_interval[0] <= guidance_interval[1]:
+        raise ConfigError("guidance_interval", found=str(guidance_interval), expected="(low, high) with low <= high")
     schedule = _BlockSchedule(layout.num_blocks, first + count, num_inference_steps, guidance_scale, labels)
     if any(schedule.guidance(block) != 1.0 for block in range(first, first + count)) and labels is None:
         raise ConfigError(
@@ -104,6 +108,9 @@ def sample_blocks(
         )
     if cache is None:
         cache = model.new_cache(batch, first + count - 1)
+    cache.require_fits(
+        model.layout.block_tokens, len(model.layers), model.config.num_attention_heads, first + count - 1
+    )
     if prefix is not None:
         model.prefill(prefix.expand(batch, -1, -1, -1).to(device, dtype), cache)
     for block in range(first, first + count):
@@ -114,6 +121,11 @@ def sample_blocks(
         yield finished
         if block + 1 < first + count:  # the last block has no reader
             model.prefill(finished[:, None].to(dtype), cache)
+
+
+def _listed(values: Any) -> Any:
+    """Arrays and tensors as plain numbers; numbers and sequences as they are."""
+    return values.tolist() if hasattr(values, "tolist") else values
 
 
 class _BlockSchedule:
@@ -130,6 +142,11 @@ class _BlockSchedule:
         for name, values in (("num_inference_steps", steps), ("guidance_scale", guidance)):
             if isinstance(values, Sequence) and len(values) < needed:
                 raise ConfigError(name, found=f"{len(values)} values", expected=f"one per block, {num_blocks}")
+        for name, values, least in (("num_inference_steps", steps, 1), ("guidance_scale", guidance, None)):
+            for value in values if isinstance(values, Sequence) else [values]:
+                if not math.isfinite(value) or (least is not None and value < least):
+                    expected = "a finite number" if least is None else f"at least {least}"
+                    raise ConfigError(name, found=str(value), expected=expected)
         if labels is not None and labels.ndim == 2 and labels.shape[1] < needed:
             raise ConfigError(
                 "class_labels", found=f"{labels.shape[1]} blocks", expected=f"{num_blocks}, one per block"
@@ -189,6 +206,23 @@ def _guided(
     prediction = model.denoise(noisy.repeat(2, 1, 1), timestep, both, cache).to(wide_dtype(noisy.dtype))
     conditional, unconditional = prediction.chunk(2)
     return unconditional + scale * (conditional - unconditional)
+
+
+def _generators(given: Generators, batch: int) -> torch.Generator | list[torch.Generator] | None:
+    """A seed in any integer type and any sequence of generators; whatever else would silently not be reproducible."""
+    if given is None or isinstance(given, torch.Generator):
+        return given
+    if isinstance(given, Sequence) and not isinstance(given, str):
+        if len(given) != batch:
+            raise ConfigError("generator", found=f"{len(given)} generators", expected=f"one per sample, {batch}")
+        if all(isinstance(one, torch.Generator) for one in given):
+            return list(given)
+    else:
+        with contextlib.suppress(TypeError):
+            return generators_from_seed(operator.index(given), batch)
+    raise ConfigError(
+        "generator", found=type(given).__name__, expected="a seed, a torch.Generator, or a list of them, one per sample"
+    )
 
 
 def _labels(model: ACDiTTransformer, class_labels: Tensor | Sequence[int] | None) -> Tensor | None:

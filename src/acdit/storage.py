@@ -233,6 +233,34 @@ def committed_checkpoints(run: str | Path) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
+def uncommitted_checkpoints(run: str | Path) -> list[tuple[int, Path]]:
+    """(step, path) of every directory called checkpoint-N without a commit marker, oldest first."""
+    found = [(_CHECKPOINT.fullmatch(place.name), place) for place in Path(run).glob("checkpoint-*")]
+    return sorted((int(name[1]), place) for name, place in found if name and not is_committed(place))
+
+
+def set_aside_later(run: str | Path, step: int) -> list[Path]:
+    """Rename what is called checkpoint-M with M > `step`. To be called by the holder of the run's lock.
+
+    A run that goes on from `step` writes a history of its own: later checkpoints of another one would count as newer
+    than its own, be resumed from, and push its own out of the number that is kept.
+
+    Returns:
+        The new places, abandoned-checkpoint-M-…; nothing is removed.
+    """
+    moved = []
+    for later, path in sorted(committed_checkpoints(run) + uncommitted_checkpoints(run)):
+        if later > step:
+            place = path.with_name(f"abandoned-{path.name}-{_unique()}")
+            path.rename(place)
+            moved.append(place)
+    if moved:
+        _sync(Path(run))
+        names = ", ".join(place.name for place in moved)
+        logger.warning("the run goes on from step %d; later checkpoints are set aside as %s", step, names)
+    return moved
+
+
 def prune(run: str | Path, keep: int) -> list[Path]:
     """Remove the checkpoints that are older than the newest `keep` whole ones.
 
@@ -377,11 +405,17 @@ def _error_number(error: BaseException) -> int | None:
     return None
 
 
+def explained(error: OSError) -> StorageError:
+    """A system error as the user reads it: the file, what is wrong, what helps."""
+    return _explained(error, error.errno or 0, Path(error.filename or "a file"), 0)
+
+
 def _explained(error: BaseException, code: int, path: Path, needed: int) -> StorageError:
     if code in _FULL:
         return _no_room(path, code, needed, free_bytes(path))
     reason = os.strerror(code) if code else str(error)
     where = getattr(error, "filename", None)
+    where = None if where is None or str(where) == str(path) else where
     return StorageError(
         f"{path}", found=f"{reason}{f' ({where})' if where else ''}", expected="a place that can be written",
         fix="check its permissions, or choose another place",
@@ -391,7 +425,8 @@ def _explained(error: BaseException, code: int, path: Path, needed: int) -> Stor
 def _no_room(path: Path, code: int, needed: int, free: int) -> StorageError:
     return StorageError(
         f"{path}", found=f"no room ({os.strerror(code)}): {free:,} bytes are free",
-        expected=f"at least {needed:,} bytes", fix="free some space, or choose another output directory",
+        expected=f"at least {needed:,} bytes" if needed else "room for more",
+        fix="free some space, or choose another output directory",
     )  # fmt: skip
 
 

@@ -190,7 +190,7 @@ def test_a_run_leaves_what_the_readme_promises(tmp_path: Path) -> None:
     pipeline = ACDiTPipeline.from_pretrained(tmp_path / "model")
     average = trainer.state.ema.weights(0)
     assert all(torch.equal(value, average[name]) for name, value in pipeline.transformer.state_dict().items())
-    other = ACDiTTransformer.from_pretrained(tmp_path / "model/transformer", variant="ema-0.9")
+    other = ACDiTTransformer.from_pretrained(tmp_path / "model/transformer", variant="ema-0_9")
     average = trainer.state.ema.weights(1)
     assert all(torch.equal(value, average[name]) for name, value in other.state_dict().items())
     assert pipeline.get_label_ids("7") == [7]

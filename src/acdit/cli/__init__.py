@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import re
 import sys
@@ -12,6 +13,11 @@ from typing import Any
 from acdit.cli import convert, demo, plan, recipes, sample, train
 from acdit.cli.parser import EXIT_CODES, version
 
+# What the system says when a place cannot be written or read: the user's disk, not our bug.
+_STORAGE_ERRORS = (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR,
+    errno.EISDIR, errno.ENAMETOOLONG, errno.EIO, errno.ENOENT,
+)  # fmt: skip
 Run = Callable[[argparse.Namespace], Any]
 
 
@@ -45,6 +51,11 @@ def _guarded(options: argparse.Namespace) -> int:
 
         if isinstance(error, AcditError):
             return _fail(str(error), error.exit_code)
+        if isinstance(error, OSError) and error.errno in _STORAGE_ERRORS:
+            from acdit import storage
+
+            told = storage.explained(error)
+            return _fail(str(told), told.exit_code)
         text = str(error)
         if type(error).__name__ == "OutOfMemoryError" or re.search(r"can't allocate memory|out of memory", text, re.I):
             return _fail(_out_of_memory(text), 1)

@@ -116,6 +116,7 @@ def _check_data(recipe: Recipe, dataset: Dataset, model: ACDiTTransformer) -> No
             found=str(recipe.model.in_channels),
             expected=f"{channels}, as the pictures have",
         )
+    _check_sampling(recipe)
     classes = recipe.model.num_classes
     if classes is None:
         return
@@ -132,6 +133,18 @@ def _check_data(recipe: Recipe, dataset: Dataset, model: ACDiTTransformer) -> No
             raise DataError(
                 f"label of sample {int(wrong[0])}", found=str(int(labels[wrong[0, 0]])), expected=f"0 … {classes - 1}"
             )
-    for label in recipe.sampling.labels or []:
-        if label >= classes:
-            raise ConfigError("sampling.labels", found=str(label), expected=f"0 … {classes - 1}")
+
+
+def _check_sampling(recipe: Recipe) -> None:
+    """What would otherwise stop a run at its first sample grid."""
+    sampling, classes = recipe.sampling, recipe.model.num_classes
+    wrong = [label for label in sampling.labels or [] if classes is None or label >= classes]
+    if wrong:
+        expected = "null: the model is unconditional" if classes is None else f"0 … {classes - 1}"
+        raise ConfigError("sampling.labels", found=str(wrong[0]), expected=expected)
+    train_steps = recipe.corruption.num_train_timesteps
+    if sampling.num_inference_steps > train_steps:
+        raise ConfigError(
+            "sampling.num_inference_steps", found=str(sampling.num_inference_steps),
+            expected=f"at most corruption.num_train_timesteps {train_steps}",
+        )  # fmt: skip

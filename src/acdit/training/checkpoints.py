@@ -129,12 +129,15 @@ def find(run: Path, wanted: str, *, allow_inexact: bool = False) -> Path:
         storage.verify(path, may_miss)
         return path
     candidates = storage.committed_checkpoints(run) if run.is_dir() else []
-    for _, path in reversed(candidates):
+    for step, path in reversed(candidates):
         try:
             storage.verify(path, may_miss)
         except StorageError as error:
             logger.warning("%s is damaged and is passed over: %s", path.name, error)
             continue
+        for later, other in storage.uncommitted_checkpoints(run):
+            if later > step:
+                logger.warning("%s has no %s and is passed over", other.name, storage.MANIFEST)
         return path
     damaged = f"{len(candidates)} checkpoints, none of them whole"
     raise StorageError(

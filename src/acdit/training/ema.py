@@ -11,6 +11,12 @@ from torch import Tensor, nn
 from acdit.recipe import EMARecipe
 
 
+def ema_variant(decay: float) -> str:
+    """The `variant=` under which a further average is published: 0.9999 is "ema-0_9999", for diffusers reads a dot as
+    the end of a file's name."""
+    return f"ema-{decay}".replace(".", "_")
+
+
 class EMAWeights:
     """One `EMAModel` a decay; saved and restored by parameter name, without pickles.
 
@@ -25,7 +31,7 @@ class EMAWeights:
         self._averages = [
             EMAModel(
                 model.parameters(), decay=decay, use_ema_warmup=recipe.warmup, inv_gamma=recipe.inv_gamma,
-                power=recipe.power, foreach=True,
+                power=recipe.power, min_decay=0.0 if recipe.warmup else decay, foreach=True,
             )
             for decay in self.decays
         ]  # fmt: skip

@@ -28,7 +28,7 @@ from acdit.training import checkpoints
 from acdit.training.batches import Batch, Batches
 from acdit.training.build import Built, build, parameter_groups
 from acdit.training.checkpoints import RunState
-from acdit.training.ema import EMAWeights
+from acdit.training.ema import EMAWeights, ema_variant
 from acdit.training.lr_schedules import decay_start, make_lr_scheduler
 from acdit.training.reporting import Report
 
@@ -120,10 +120,10 @@ class Trainer:
             SystemExit: after SIGTERM (143) or SIGINT (130), once the step is done and saved.
         """
         main = self.accelerator.is_main_process
-        self.run.mkdir(parents=True, exist_ok=True)
         with storage.RunLock(self.run) if main else contextlib.nullcontext(), self._signals():
             if main:
                 storage.clean_leftovers(self.run)
+                storage.set_aside_later(self.run, self.state.step)
                 storage.write_text_atomic(self.run / "recipe.yaml", recipe_to_yaml(self.recipe))
             self._loop()
         return self._published()
@@ -149,13 +149,13 @@ class Trainer:
                 last = state.step == total
                 if state.step % recipe.train.log_every == 0 or last:
                     self._log(report, norm)
-                drawn = recipe.train.sample_every is not None and (state.step % recipe.train.sample_every == 0 or last)
-                if drawn:
-                    self._draw(report)
                 stopping = self._stop_requested()
                 if state.step % recipe.train.checkpoint_every == 0 or last or stopping:
                     self._save()
                     saved_at = state.step
+                # After saving: whatever goes wrong with a picture, the steps are kept.
+                if recipe.train.sample_every is not None and (state.step % recipe.train.sample_every == 0 or last):
+                    self._draw(report)
                 if stopping:
                     assert self._interrupted is not None
                     raise SystemExit(128 + self._interrupted)
@@ -241,14 +241,14 @@ class Trainer:
             raise StorageError("checkpoint", found="the first process could not save", expected="see its message")
 
     def _publish(self) -> None:
-        """model/: the first average as the pipeline's weights, the others as variants `ema-<decay>`."""
+        """model/: the first average as the pipeline's weights, the others as variants; see `ema_variant`."""
         ema, model = self.state.ema, self.state.model
         with storage.atomic_directory(self.run / "model") as directory:
             with ema.applied(model, 0):
                 self.built.pipeline().save_pretrained(directory)
             for index, decay in enumerate(ema.decays[1:], start=1):
                 with ema.applied(model, index):
-                    self.built.model.save_pretrained(directory / "transformer", variant=f"ema-{decay}")
+                    self.built.model.save_pretrained(directory / "transformer", variant=ema_variant(decay))
 
     def _published(self) -> ACDiTPipeline:
         self.accelerator.wait_for_everyone()
