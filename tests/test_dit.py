@@ -135,8 +135,7 @@ def test_the_folder_is_a_pipeline_of_diffusers(tmp_path: Path, vae: Path) -> Non
     config = pipeline.scheduler.config
     assert (config.num_train_timesteps, config.beta_schedule, config.prediction_type) == (1000, "linear", "epsilon")
     assert (config.beta_start, config.beta_end, config.clip_sample) == (1e-4, 0.02, False)
-    images = None
-    # diffusers' pipeline writes the null label as 1000: without guidance it needs none.
+    # diffusers' pipeline takes 1000 for "no label": with five classes it is run without guidance.
     images = pipeline([1, 3], guidance_scale=1.0, num_inference_steps=2, output_type="np").images
     assert images.shape == (2, 8, 8, 3)
 
@@ -174,7 +173,8 @@ def test_extra_weights_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "match"), [({}, "width 24"), ({"heads": 5}, "divisor"), ({"heads": 3, "vae": "nowhere"}, "nowhere")]
+    ("options", "match"),
+    [({}, "width 24"), ({"heads": 5}, "divisor"), ({"heads": 3, "vae": "nowhere"}, "no folder nowhere")],
 )
 def test_options_that_do_not_fit_are_refused(tmp_path: Path, options: dict[str, Any], match: str) -> None:
     with pytest.raises(ConfigError, match=match):

@@ -241,6 +241,8 @@ def _linear(weights: Mapping[str, Tensor], theirs: str, ours: str) -> dict[str, 
 
 
 def _autoencoder(folder: str | Path, channels: int) -> AutoencoderKL:
+    if not Path(folder).is_dir():
+        raise ConfigError("vae", found=f"no folder {folder}", expected="a folder of a diffusers AutoencoderKL")
     try:
         vae = AutoencoderKL.from_pretrained(folder)
     except (OSError, ValueError) as error:

@@ -32,7 +32,7 @@ def add(command: AddCommand) -> None:
     made.add_argument("--keep-free", type=share, default=0.1, help="share of the memory left to driver, libraries and "
                       "fragmentation (default 0.1)")  # fmt: skip
     made.add_argument("--tflops", type=rate, default=312.0, help="peak rate of one device in the recipe's precision, "
-                      "TFLOP/s (default 312)")  # fmt: skip
+                      "TFLOP/s (default 312, the bf16 rate in an A100's data sheet)")  # fmt: skip
     made.add_argument("--utilisation", type=share, default=0.4, help="share of that rate that is reached (default 0.4)")
 
 
