@@ -40,7 +40,7 @@ def test_images_are_built_with_every_setting(tmp_path: Path) -> None:
     recipe = DataRecipe(kind="images", root=str(tmp_path), split="test", size=8, channels=1, max_bad_files=2)
     data = build_dataset(recipe)
     assert isinstance(data, ImagesDataset)
-    assert (len(data), data.shape, data.max_bad_files) == (1, (1, 8, 8), 2)
+    assert (len(data), data.shape, data.bad_files.limit) == (1, (1, 8, 8), 2)
 
 
 @pytest.mark.parametrize(
