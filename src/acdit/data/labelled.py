@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from acdit.data.bad_files import BadFiles
-from acdit.data.picture import BadPicture, decode_picture, height_width, require_channels
+from acdit.data.picture import BadPicture, decode_picture, header_size, height_width, require_channels
 from acdit.errors import DataError
 
 
@@ -94,6 +94,13 @@ class LabelledPictures(ABC):
                 fix="set data.size to resize and crop all pictures to one size",
             )
         return picture, int(self.labels[index])
+
+    def stored_size(self, index: int) -> tuple[int, int] | None:
+        """(H, W) as it lies in the file, before EXIF, resize and crop; None where the file is bad."""
+        try:
+            return header_size(self._read(index))
+        except BadPicture:
+            return None
 
     def _picture(self, index: int, place: Sequence[float] | None) -> tuple[Tensor, str]:
         for mate in self._class_mates(index):

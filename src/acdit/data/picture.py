@@ -88,9 +88,7 @@ def decode_picture(
     """
     wanted = height_width(size)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower, and refuses
-            picture: Image.Image = Image.open(io.BytesIO(data), formats=_FORMATS)
+        picture = _opened(data)
         if picture.width * picture.height > MAX_PIXELS:
             raise BadPicture(f"the header declares {picture.width}×{picture.height} pixels, more than {MAX_PIXELS}")
         if wanted is not None:
@@ -107,6 +105,25 @@ def decode_picture(
         raise
     except Exception as error:  # decoders of damaged files raise OSError, SyntaxError, struct.error, MemoryError, …
         raise BadPicture(f"{type(error).__name__}: {error}") from error
+
+
+def header_size(data: bytes) -> tuple[int, int]:
+    """(H, W) that the header declares; nothing is decoded.
+
+    Raises:
+        BadPicture: not a picture.
+    """
+    try:
+        picture = _opened(data)
+    except Exception as error:
+        raise BadPicture(f"{type(error).__name__}: {error}") from error
+    return picture.height, picture.width
+
+
+def _opened(data: bytes) -> Image.Image:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower, and refuses
+        return Image.open(io.BytesIO(data), formats=_FORMATS)
 
 
 def resize_and_crop(picture: Image.Image, size: int | Sequence[int]) -> Image.Image:
