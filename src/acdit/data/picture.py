@@ -122,7 +122,7 @@ def header_size(data: bytes) -> tuple[int, int]:
 
 def _opened(data: bytes) -> Image.Image:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower, and refuses
+        warnings.simplefilter("ignore")  # of bombs: our own limit is lower, and refuses; of damaged EXIF: see below
         return Image.open(io.BytesIO(data), formats=_FORMATS)
 
 
