@@ -48,7 +48,12 @@ class ModelRecipe:
 
 @dataclass
 class DataRecipe:
-    """What to train on. `size` is what pictures are resized and cropped to: a square's side, or [height, width]."""
+    """What to train on.
+
+    `size` is what pictures are resized and cropped to: a square's side, or [height, width]. `classes` is a file that
+    gives classes their order and names. `shuffle_buffer` counts the rows of a stream that are shuffled together;
+    up to twice as many lie in the memory of each process, undecoded.
+    """
 
     kind: str
     root: str | None = None

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from acdit import ACDiTPipeline
+from acdit.data.stream_order import Row, _Endless
 from acdit.errors import ConfigError, DataError
 from acdit.recipe import Recipe
 from acdit.training import build
@@ -132,6 +133,21 @@ def test_a_stream_needs_steps_and_the_place_of_its_own_files(roots: dict[str, st
     assert saved["stream"]["index"] == 1  # the window of position 8
     with pytest.raises(ConfigError, match=r"data\.shuffle_buffer: 5 in the checkpoint, 6 now"):
         run(recipe_for(roots["hf"], "hf", data={**STREAM, "shuffle_buffer": 6}), tmp_path / "run", resume="latest")
+
+
+def test_a_resumed_run_does_not_read_the_stream_from_its_start(
+    roots: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Row] = []
+    following = _Endless.next
+    monkeypatch.setattr(_Endless, "next", lambda self: read.append(following(self)) or read[-1])
+    recipe = recipe_for(roots["hf"], "hf", data=STREAM)
+    run(recipe, tmp_path / "run")
+    whole = [row.value for row in read]
+    read.clear()
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
+    run(recipe, tmp_path / "run", resume="latest")
+    assert [row.value for row in read] == whole[5:]  # from the window of position 8 on
 
 
 # --- bad pictures are counted over all workers and processes together --------------------------------------------

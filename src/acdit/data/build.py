@@ -79,6 +79,12 @@ def build_dataset(recipe: DataRecipe) -> Dataset | StreamDataset:
                 f"data.{setting.name}", found=repr(value),
                 expected=f"{setting.default!r}: only data.kind={' or '.join(kinds)} has a use for it",
             )  # fmt: skip
+    usual = DataRecipe(kind="hf").shuffle_buffer
+    if recipe.kind == "hf" and not recipe.streaming and recipe.shuffle_buffer != usual:
+        raise ConfigError(
+            "data.shuffle_buffer", found=f"{recipe.shuffle_buffer}, without data.streaming=true",
+            expected=f"{usual}: data that are no stream are shuffled whole",
+        )  # fmt: skip
     if recipe.crop == "random" and recipe.size is None:
         raise ConfigError("data.crop", found="random, without data.size", expected="a size to crop to")
     if recipe.kind == "digits":

@@ -78,6 +78,7 @@ class Batches:
     def __init__(self, built: Built, rank: int, world_size: int, first_step: int, device: torch.device) -> None:
         self.built, self.device, self.first_step = built, device, first_step
         optim = built.recipe.optim
+        self._in_memory = isinstance(getattr(built.dataset, "images", None), Tensor)
         samples = length(built.dataset)
         self.order = None if samples is None else DataOrder(samples, built.recipe.seed)
         """None: the stream has its own order."""
@@ -95,7 +96,7 @@ class Batches:
         """One list of micro-batches per step, for ever."""
         if isinstance(self.built.dataset, StreamDataset):
             loaded = self._from_stream(self.built.dataset)
-        elif isinstance(getattr(self.built.dataset, "images", None), Tensor):
+        elif self._in_memory:
             loaded = self._from_memory()
         else:
             loaded = self._from_files()
@@ -161,7 +162,7 @@ class Batches:
         """
         news = {name: reason for part in parts for name, reason in part.bad_files.items()}
         error = next((part.error for part in parts if part.error is not None), None)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if not self._in_memory and torch.distributed.is_available() and torch.distributed.is_initialized():
             flag = torch.tensor(float(bool(news) or error is not None), device=self.device)
             torch.distributed.all_reduce(flag)
             if flag > 0:  # rarely: names travel only then
