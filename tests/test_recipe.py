@@ -195,3 +195,13 @@ def test_the_command_line_ends_with_2_and_one_line(
     errors = capsys.readouterr().err
     assert errors.startswith("acdit: error: ")
     assert errors.count("\n") == 1
+
+
+def test_a_size_is_one_edge_or_two() -> None:
+    assert load_recipe("mnist", ["data.size=32"]).data.size == 32
+    two = load_recipe("mnist", ["data.size=[32, 48]"])
+    assert two.data.size == [32, 48]
+    assert recipe_from_dict(recipe_to_dict(two)) == two
+    for wrong in ("[32]", "[32, 48, 3]", "[32, 0]", "[32, x]", "large", "0"):
+        with pytest.raises(ConfigError, match=r"data\.size"):
+            load_recipe("mnist", [f"data.size={wrong}"])

@@ -48,14 +48,25 @@ class ModelRecipe:
 
 @dataclass
 class DataRecipe:
-    """What to train on. `size` is the side pictures are resized and cropped to."""
+    """What to train on.
+
+    `size` is what pictures are resized and cropped to: a square's side, or [height, width]. `classes` is a file that
+    gives classes their order and names. `shuffle_buffer` counts the rows of a stream that are shuffled together;
+    up to twice as many lie in the memory of each process, undecoded.
+    """
 
     kind: str
     root: str | None = None
     split: str = "train"
-    size: int | None = None
+    size: int | list[int] | None = None
+    crop: str = "center"
     channels: int = 3
     flip: bool = False
+    classes: str | None = None
+    image_column: str = "image"
+    label_column: str = "label"
+    streaming: bool = False
+    shuffle_buffer: int = 2048
     max_bad_files: int = 0
     num_workers: int = 0
 
@@ -163,8 +174,8 @@ class Recipe:
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.preset": ("B", "L", "XL", "H"),
     "model.rope": ("axial", "reference", "1d", "none"),
-    "data.kind": ("digits", "images", "idx", "latents"),
-    "data.split": ("train", "test", "held_out"),
+    "data.kind": ("digits", "images", "idx", "webdataset", "hf", "latents"),
+    "data.crop": ("center", "random"),
     "codec.kind": ("pixels", "latents"),
     "corruption.prediction_type": ("epsilon", "v_prediction", "flow_prediction"),
     "corruption.timestep_draw": ("uniform", "logit_normal"),
@@ -180,6 +191,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "model.in_channels": (1, 2**31), "model.num_layers": (1, 2**31), "model.num_attention_heads": (1, 2**31),
     "model.attention_head_dim": (2, 2**31), "model.num_classes": (1, 2**31), "model.rope_split": (1, 2**31),
     "data.size": (1, 2**31), "data.channels": (1, 5), "data.max_bad_files": (0, 2**31), "data.num_workers": (0, 4096),
+    "data.shuffle_buffer": (1, 2**31),
     "codec.std": (1e-12, math.inf),
     "corruption.num_train_timesteps": (1, 2**31), "corruption.copies": (1, 2**31),
     "corruption.context_noise": (0, 1 + 1e-12),
@@ -212,7 +224,9 @@ def _read(kind: Any, value: Any, path: str) -> Any:
     if origin in (Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
-        return _read(next(argument for argument in arguments if argument is not type(None)), value, path)
+        members = [argument for argument in arguments if argument is not type(None)]
+        lists = [argument for argument in members if typing.get_origin(argument) is list]
+        return _read(lists[0] if lists and isinstance(value, list) else members[0], value, path)
     if origin is list:
         if not isinstance(value, list):
             raise ConfigError(path, found=_shown(value), expected="a list")
@@ -307,8 +321,8 @@ def _check(recipe: Recipe) -> None:
                 raise ConfigError(
                     path, found=repr(item), expected=f"at least {low:g}" + f" and below {high:g}" * (high < 2**31)
                 )
-    for path, length in (("optim.betas", 2),):
-        if len(values[path]) != length:
+    for path, length in (("optim.betas", 2), ("data.size", 2)):
+        if isinstance(values[path], list) and len(values[path]) != length:
             raise ConfigError(path, found=repr(values[path]), expected=f"{length} numbers")
     if not recipe.ema.decays:
         raise ConfigError("ema.decays", found="an empty list", expected="at least one decay; the first is published")

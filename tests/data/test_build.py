@@ -40,7 +40,7 @@ def test_images_are_built_with_every_setting(tmp_path: Path) -> None:
     recipe = DataRecipe(kind="images", root=str(tmp_path), split="test", size=8, channels=1, max_bad_files=2)
     data = build_dataset(recipe)
     assert isinstance(data, ImagesDataset)
-    assert (len(data), data.shape, data.max_bad_files) == (1, (1, 8, 8), 2)
+    assert (len(data), data.shape, data.bad_files.limit) == (1, (1, 8, 8), 2)
 
 
 @pytest.mark.parametrize(
@@ -54,6 +54,14 @@ def test_images_are_built_with_every_setting(tmp_path: Path) -> None:
         ({"kind": "digits", "channels": 1, "root": "/data"}, r"data\.root"),
         ({"kind": "digits", "channels": 1, "max_bad_files": 1}, r"data\.max_bad_files"),
         ({"kind": "digits", "channels": 1, "split": "test"}, r"held_out"),
+        ({"kind": "digits", "channels": 1, "crop": "random", "size": 8}, r"data\.crop"),
+        ({"kind": "digits", "channels": 1, "classes": "classes.txt"}, r"data\.classes.*images or idx"),
+        ({"kind": "images", "root": "/data", "streaming": True}, r"data\.streaming.*only data\.kind=hf"),
+        ({"kind": "images", "root": "/data", "label_column": "class"}, r"data\.label_column"),
+        ({"kind": "webdataset", "root": "/data", "shuffle_buffer": 5}, r"data\.shuffle_buffer"),
+        ({"kind": "webdataset"}, r"data\.root=/path"),
+        ({"kind": "hf", "root": "/data", "shuffle_buffer": 5}, r"data\.shuffle_buffer.*data\.streaming"),
+        ({"kind": "images", "root": "/data", "crop": "random"}, r"data\.crop.*a size to crop to"),
     ],
 )
 def test_no_setting_is_silently_ignored(settings: dict[str, Any], named: str) -> None:

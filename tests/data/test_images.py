@@ -6,11 +6,10 @@ import io
 import logging
 import os
 import pickle
-import struct
 import zipfile
-import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,28 +17,9 @@ import torch
 from PIL import Image, ImageFile
 
 from acdit.data import ImagesDataset
-from acdit.data.picture import BadPicture, decode_picture, resize_and_crop
+from acdit.data.picture import BadPicture, decode_picture
 from acdit.errors import ConfigError, DataError
-
-
-def png(value: int | np.ndarray = 0, size: tuple[int, int] = (8, 8), mode: str = "RGB") -> bytes:
-    if isinstance(value, int):
-        picture = Image.new(mode, size, (value, 0, 0) if mode == "RGB" else value)
-    else:
-        picture = Image.fromarray(value)
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def bomb(width: int, height: int) -> bytes:
-    """A PNG whose header declares width × height pixels, and little else."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+from tests.data.pictures import bomb, png
 
 
 def write_directory(root: Path, files: dict[str, bytes]) -> Path:
@@ -305,50 +285,7 @@ def test_a_zip_is_read_by_forked_and_spawned_workers(tmp_path: Path) -> None:
     assert reds(pickle.loads(pickle.dumps(data))) == list(range(100))
 
 
-# --- what a picture becomes --------------------------------------------------------------------------------------
-
-
-def adm_centre_crop(picture: Image.Image, size: int) -> np.ndarray:
-    """As published: openai/guided-diffusion, image_datasets.py."""
-    while min(*picture.size) >= 2 * size:
-        picture = picture.resize(tuple(x // 2 for x in picture.size), resample=Image.BOX)
-    scale = size / min(*picture.size)
-    picture = picture.resize(tuple(round(x * scale) for x in picture.size), resample=Image.BICUBIC)
-    array = np.array(picture)
-    y, x = (array.shape[0] - size) // 2, (array.shape[1] - size) // 2
-    return array[y : y + size, x : x + size]
-
-
-@pytest.mark.parametrize("shape", [(50, 70), (16, 16), (9, 31), (130, 67)])
-def test_resize_and_crop_is_adms(shape: tuple[int, int]) -> None:
-    array = np.random.default_rng(1).integers(0, 255, (*shape, 3), dtype=np.uint8)
-    ours = np.asarray(resize_and_crop(Image.fromarray(array), 16))
-    assert np.array_equal(ours, adm_centre_crop(Image.fromarray(array), 16))
-    assert decode_picture(png(array), 3, 16).permute(1, 2, 0).equal(torch.from_numpy(ours.copy()))
-
-
-def test_channels_say_gray_or_colour() -> None:
-    red = png(200)
-    assert decode_picture(red, 1, None).shape == (1, 8, 8)
-    assert int(decode_picture(red, 1, None)[0, 0, 0]) == round(200 * 0.299)
-    assert decode_picture(png(7, mode="L"), 3, None)[:, 0, 0].tolist() == [7, 7, 7]
-    with_alpha = np.dstack([np.full((4, 4, 3), 50, np.uint8), np.zeros((4, 4), np.uint8)])
-    assert decode_picture(png(with_alpha), 3, None)[:, 0, 0].tolist() == [50, 50, 50]
-
-
-def test_sixteen_bit_gray_is_scaled_not_clipped() -> None:
-    values = (np.arange(16, dtype=np.uint16) * 4096).reshape(4, 4)
-    assert decode_picture(png(values), 1, None).flatten().tolist() == [16 * level for level in range(16)]
-
-
-def test_values_without_a_range_are_refused() -> None:
-    buffer = io.BytesIO()
-    Image.fromarray(np.zeros((4, 4), np.float32)).save(buffer, "TIFF")
-    with pytest.raises(BadPicture, match="no defined range"):
-        decode_picture(buffer.getvalue(), 1, None)
-
-
-@pytest.mark.parametrize("settings", [{"channels": 4}, {"size": 0}])
-def test_impossible_settings_are_refused(tmp_path: Path, settings: dict[str, int]) -> None:
+@pytest.mark.parametrize("settings", [{"channels": 4}, {"size": 0}, {"size": [4, 0]}, {"size": [4]}])
+def test_impossible_settings_are_refused(tmp_path: Path, settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"data\.(channels|size)"):
         ImagesDataset(write_directory(tmp_path, CATS_AND_DOGS), **settings)

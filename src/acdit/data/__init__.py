@@ -1,7 +1,10 @@
-"""Data sets: maps from index to (uint8 picture, class)."""
+"""Data sets: maps from index to (uint8 picture, class), and streams of them."""
 
 from acdit.data.digits import DigitsDataset
+from acdit.data.hf import HFDataset
 from acdit.data.idx import IdxDataset
 from acdit.data.images import ImagesDataset
+from acdit.data.shards import ShardsDataset
+from acdit.data.stream import StreamDataset
 
-__all__ = ["DigitsDataset", "IdxDataset", "ImagesDataset"]
+__all__ = ["DigitsDataset", "HFDataset", "IdxDataset", "ImagesDataset", "ShardsDataset", "StreamDataset"]

@@ -2,21 +2,40 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor
 
+from acdit.data.classes import read_class_list
 from acdit.data.digits import DigitsDataset
+from acdit.data.hf import HFDataset
 from acdit.data.idx import IdxDataset
 from acdit.data.images import ImagesDataset
+from acdit.data.shards import ShardsDataset
+from acdit.data.stream import StreamDataset
 from acdit.errors import ConfigError
 from acdit.recipe import DataRecipe
 
-KINDS = ("digits", "images", "idx")
+KINDS = ("digits", "images", "idx", "webdataset", "hf")
+# Settings that only some kinds have a use for: elsewhere they must keep their default.
+_ONLY_FOR = {
+    "max_bad_files": ("images", "webdataset", "hf"),
+    "crop": ("images", "idx", "webdataset", "hf"),
+    "classes": ("images", "idx", "webdataset", "hf"),
+    "image_column": ("hf",),
+    "label_column": ("webdataset", "hf"),
+    "streaming": ("hf",),
+    "shuffle_buffer": ("hf",),
+}
 
 
 class Dataset(Protocol):
-    """What the trainer reads: a map from index to (uint8 (C, H, W), class)."""
+    """What the trainer reads: a map from index to (uint8 (C, H, W), class).
+
+    A `StreamDataset` has no length and no index; `length` tells them apart.
+    """
 
     num_classes: int
     class_names: list[str]
@@ -31,7 +50,20 @@ class Dataset(Protocol):
     def __getitem__(self, index: int) -> tuple[Tensor, int]: ...
 
 
-def build_dataset(recipe: DataRecipe) -> Dataset:
+class CroppedDataset(Dataset, Protocol):
+    """A data set that crops where it is told to: what data.crop=random needs."""
+
+    def cropped(self, index: int, place: Sequence[float] | None) -> tuple[Tensor, int]:
+        """As `[index]`, cropped where the draws say."""
+        ...
+
+
+def length(dataset: Dataset | StreamDataset) -> int | None:
+    """Samples in a data set; None: a stream, of which nobody knows."""
+    return None if isinstance(dataset, StreamDataset) else len(dataset)
+
+
+def build_dataset(recipe: DataRecipe) -> Dataset | StreamDataset:
     """The data set a recipe names.
 
     Raises:
@@ -40,10 +72,21 @@ def build_dataset(recipe: DataRecipe) -> Dataset:
     """
     if recipe.kind not in KINDS:
         raise ConfigError("data.kind", found=repr(recipe.kind), expected=f"one of {KINDS}")
-    if recipe.kind != "images" and recipe.max_bad_files:
+    for setting in dataclasses.fields(recipe):
+        value, kinds = getattr(recipe, setting.name), _ONLY_FOR.get(setting.name, KINDS)
+        if recipe.kind not in kinds and value != setting.default:
+            raise ConfigError(
+                f"data.{setting.name}", found=repr(value),
+                expected=f"{setting.default!r}: only data.kind={' or '.join(kinds)} has a use for it",
+            )  # fmt: skip
+    usual = DataRecipe(kind="hf").shuffle_buffer
+    if recipe.kind == "hf" and not recipe.streaming and recipe.shuffle_buffer != usual:
         raise ConfigError(
-            "data.max_bad_files", found=str(recipe.max_bad_files), expected="0: only data.kind=images has many files"
-        )
+            "data.shuffle_buffer", found=f"{recipe.shuffle_buffer}, without data.streaming=true",
+            expected=f"{usual}: data that are no stream are shuffled whole",
+        )  # fmt: skip
+    if recipe.crop == "random" and recipe.size is None:
+        raise ConfigError("data.crop", found="random, without data.size", expected="a size to crop to")
     if recipe.kind == "digits":
         for name, value, allowed in (
             ("root", recipe.root, (None,)),
@@ -59,6 +102,15 @@ def build_dataset(recipe: DataRecipe) -> Dataset:
         raise ConfigError(
             "data.root", found="nothing", expected=f"where the {recipe.kind} lie", fix="add data.root=/path/to/data"
         )
+    classes = None if recipe.classes is None else read_class_list(recipe.classes)
     if recipe.kind == "idx":
-        return IdxDataset(recipe.root, recipe.split, recipe.channels, recipe.size)
-    return ImagesDataset(recipe.root, recipe.split, recipe.channels, recipe.size, recipe.max_bad_files)
+        return IdxDataset(recipe.root, recipe.split, recipe.channels, recipe.size, classes)
+    files = (recipe.root, recipe.split, recipe.channels, recipe.size, recipe.max_bad_files)
+    if recipe.kind == "hf":
+        columns = (recipe.image_column, recipe.label_column, classes)
+        if recipe.streaming:
+            return StreamDataset(*files, *columns, recipe.shuffle_buffer, recipe.num_workers)
+        return HFDataset(*files, *columns)
+    if recipe.kind == "webdataset":
+        return ShardsDataset(*files, recipe.label_column, classes)
+    return ImagesDataset(*files, classes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import zlib
+from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 
@@ -12,7 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from acdit.data.picture import resize_and_crop
+from acdit.data.classes import ClassList, numbered
+from acdit.data.picture import height_width, random_crop, require_channels, resize_and_crop
 from acdit.errors import ConfigError, DataError
 
 PREFIXES = {"train": "train", "test": "t10k"}
@@ -67,20 +69,25 @@ class IdxDataset:
         root: folder with <prefix>-images-idx3-ubyte and <prefix>-labels-idx1-ubyte, or both with .gz.
         split: "train" (prefix train) or "test" (prefix t10k).
         channels: 1, or 3 to repeat the gray value.
-        size: edge in pixels after resize and centre crop; None keeps the files' size.
+        size: edge in pixels after resize and crop, or (H, W); None keeps the files' size.
+        classes: names of the classes.
 
     Raises:
         ConfigError: an unknown split, channels other than 1 or 3, a size below 1.
         DataError: missing or malformed files, or counts that differ.
     """
 
-    def __init__(self, root: str | Path, split: str = "train", channels: int = 1, size: int | None = None) -> None:
+    def __init__(
+        self,
+        root: str | Path,
+        split: str = "train",
+        channels: int = 1,
+        size: int | Sequence[int] | None = None,
+        classes: ClassList | None = None,
+    ) -> None:
         if split not in PREFIXES:
             raise ConfigError("data.split", found=repr(split), expected=f"one of {tuple(PREFIXES)} for idx files")
-        if channels not in (1, 3):
-            raise ConfigError("data.channels", found=str(channels), expected="1 or 3")
-        if size is not None and size < 1:
-            raise ConfigError("data.size", found=str(size), expected="a positive number of pixels")
+        require_channels(channels)
         images_path = _find(Path(root), f"{PREFIXES[split]}-images-idx3-ubyte")
         labels_path = _find(Path(root), f"{PREFIXES[split]}-labels-idx1-ubyte")
         images, labels = read_idx(images_path, 3), read_idx(labels_path, 1)
@@ -91,19 +98,25 @@ class IdxDataset:
         self._images = images
         self.labels = torch.from_numpy(labels.astype(np.int64))
         """(M,) int64."""
-        self._size = size
-        self.num_classes = int(labels.max()) + 1
-        self.class_names = [str(label) for label in range(self.num_classes)]
-        self.shape = (channels, *((size, size) if size else images.shape[1:]))
+        self._size = height_width(size)
+        self.class_names = numbered(int(labels.max()) + 1, classes, str(labels_path))
+        self.num_classes = len(self.class_names)
+        self.shape = (channels, *(self._size or images.shape[1:]))
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """(C, H, W) uint8 and the label."""
+        """(C, H, W) uint8 and the label; cropped in the centre."""
+        return self.cropped(index, None)
+
+    def cropped(self, index: int, place: Sequence[float] | None) -> tuple[Tensor, int]:
+        """As `[index]`, cropped where the draws `place` say (see `random_crop`)."""
         image = self._images[index]
-        if self._size is not None and image.shape != (self._size, self._size):
-            image = np.asarray(resize_and_crop(Image.fromarray(image), self._size))
+        if self._size is not None and (place is not None or image.shape != self._size):
+            picture = Image.fromarray(image)
+            cut = resize_and_crop(picture, self._size) if place is None else random_crop(picture, self._size, place)
+            image = np.asarray(cut)
         return torch.from_numpy(np.tile(image, (self.shape[0], 1, 1))), int(self.labels[index])
 
 

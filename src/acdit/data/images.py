@@ -6,124 +6,74 @@ root/<class>/….png      or      root/<split>/<class>/….png
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
-from torch import Tensor
-
-from acdit.data.picture import SUFFIXES, BadPicture, decode_picture
+from acdit.data.classes import ClassList
+from acdit.data.labelled import LabelledPictures
+from acdit.data.picture import SUFFIXES
 from acdit.data.sources import DirectorySource, ZipSource, is_hidden, parent
-from acdit.errors import ConfigError, DataError
+from acdit.errors import DataError
 
 logger = logging.getLogger(__name__)
 
 LAYOUT = "one folder a class with pictures in it: <root>/<class>/*.png, or <root>/<split>/<class>/*.png"
 
 
-class ImagesDataset:
-    """Class-per-folder pictures; classes are numbered in sorted order of their folders' names.
+class ImagesDataset(LabelledPictures):
+    """Class-per-folder pictures, listed at construction and decoded when asked for.
 
-    Files are listed at construction and decoded when asked for. A file that cannot be decoded is named in a warning
-    and counted; its place is taken by the next good file of its class in sorted order (after the last comes the
-    first), so which picture stands at an index follows from the files alone, never from the order of reading. Each
-    process counts the bad files it has met; one more than `max_bad_files` stops the run.
+    Classes are numbered in sorted order of their folders' names, or as a class list says. What becomes of bad files is
+    said at `LabelledPictures`.
 
     Args:
         root: a directory or a zip; a zip may hold one folder around everything.
         split: the folder between root and classes. With "train" (the default) it may be missing.
         channels: 1 (luma) or 3 (RGB).
-        size: edge in pixels after resize and centre crop; None: all pictures have the size of the first.
+        size: edge in pixels after resize and crop, or (H, W); None: all pictures have the size of the first.
         max_bad_files: how many files may be bad.
+        classes: order and names of the classes; the folders must be exactly these.
 
     Raises:
         ConfigError: channels other than 1 or 3, a size below 1.
-        DataError: no such root, no class folders, a class folder without pictures, more bad files than allowed.
+        DataError: no such root, no class folders, a class folder without pictures, other classes than the list's.
     """
 
     def __init__(
-        self, root: str | Path, split: str = "train", channels: int = 3, size: int | None = None, max_bad_files: int = 0
+        self,
+        root: str | Path,
+        split: str = "train",
+        channels: int = 3,
+        size: int | Sequence[int] | None = None,
+        max_bad_files: int = 0,
+        classes: ClassList | None = None,
     ) -> None:
-        if channels not in (1, 3):
-            raise ConfigError("data.channels", found=str(channels), expected="1 or 3")
-        if size is not None and size < 1:
-            raise ConfigError("data.size", found=str(size), expected="a positive number of pixels")
+        super().__init__(channels, size, max_bad_files)
         self.root = Path(root)
-        self.max_bad_files = max_bad_files
-        self.bad_files: dict[str, str] = {}
-        """Bad files met so far in this process, with the reason."""
-        self._channels, self._size = channels, size
         self._source = self._open()
         base = self._find_base(split)
         members = self._class_members(base)
-        self.class_names = sorted(members)
-        self.num_classes = len(self.class_names)
+        order = sorted(members)
+        names = order
+        if classes is not None:
+            indices = classes.indices(order, self._source.describe(base), LAYOUT)
+            order, names = sorted(order, key=indices.__getitem__), list(classes.names)
         self._files: list[str] = []
-        self.labels: list[int] = []
-        """Class of every index."""
-        self._bounds: list[tuple[int, int]] = []
-        for label, name in enumerate(self.class_names):
-            start = len(self._files)
-            self._files += sorted(members[name])
-            self.labels += [label] * (len(self._files) - start)
-            self._bounds.append((start, len(self._files)))
-        self._shape: tuple[int, int, int] | None = None if size is None else (channels, size, size)
+        labels: list[int] = []
+        for label, folder in enumerate(order):
+            self._files += sorted(members[folder])
+            labels += [label] * (len(self._files) - len(labels))
+        self._set_labels(labels, names)
 
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(C, H, W); without `size` the first picture says it."""
-        if self._shape is None:
-            first, _ = self._picture(0)
-            self._shape = (first.shape[0], first.shape[1], first.shape[2])
-        return self._shape
+    def describe(self, index: int) -> str:
+        """Path of the picture."""
+        return self._source.describe(self._files[index])
 
-    def __len__(self) -> int:
-        return len(self._files)
+    def _read(self, index: int) -> bytes:
+        return self._source.read(self._files[index])
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """(C, H, W) uint8 and the class index.
-
-        Raises:
-            DataError: more bad files than allowed, or a picture of another size where no `size` is given.
-        """
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        shape = self.shape
-        picture, path = self._picture(index % len(self))
-        if tuple(picture.shape) != shape:
-            raise DataError(
-                self._source.describe(path),
-                found=f"{picture.shape[2]}×{picture.shape[1]} pixels",
-                expected=f"{shape[2]}×{shape[1]}, as in the first picture",
-                fix="set data.size to resize and crop all pictures to one size",
-            )
-        return picture, self.labels[index % len(self)]
-
-    def _picture(self, index: int) -> tuple[Tensor, str]:
-        start, stop = self._bounds[self.labels[index]]
-        for step in range(stop - start):
-            path = self._files[start + (index - start + step) % (stop - start)]
-            name = self._source.describe(path)
-            if name in self.bad_files:
-                continue
-            try:
-                return decode_picture(self._source.read(path), self._channels, self._size), path
-            except BadPicture as error:
-                self._count_bad(name, str(error))
-        raise DataError(
-            self._source.describe(parent(self._files[start])),
-            found="no readable picture in this class",
-            expected=LAYOUT,
-        )
-
-    def _count_bad(self, name: str, reason: str) -> None:
-        self.bad_files[name] = reason
-        if len(self.bad_files) > self.max_bad_files:
-            raise DataError(
-                name,
-                found=f"a bad picture ({reason}), number {len(self.bad_files)} of this run",
-                expected=f"at most {self.max_bad_files} bad files (data.max_bad_files)",
-                fix="repair or remove the file, or raise data.max_bad_files to skip some",
-            )
-        logger.warning("skipped bad picture %s (%s), %d so far", name, reason, len(self.bad_files))
+    def _describe_class(self, index: int) -> str:
+        return self._source.describe(parent(self._files[index]))
 
     def _open(self) -> DirectorySource | ZipSource:
         if self.root.is_dir():

@@ -22,6 +22,12 @@ def parent(path: str) -> str:
     return path.rpartition("/")[0]
 
 
+def is_plain_path(path: str) -> bool:
+    """Whether a name in an archive is a relative path that stays below its root, with "/" between its parts."""
+    parts = path.removesuffix("/").split("/")
+    return "\\" not in path and ":" not in parts[0] and not any(part in ("", ".", "..") for part in parts)
+
+
 class DirectorySource:
     """All files and folders below a directory; links are followed, each folder once.
 
@@ -134,8 +140,7 @@ class ZipSource:
 
     def _require_harmless(self, entry: zipfile.ZipInfo) -> None:
         name = entry.filename
-        parts = name.removesuffix("/").split("/")
-        if "\\" in name or ":" in parts[0] or any(part in ("", ".", "..") for part in parts):
+        if not is_plain_path(name):
             raise DataError(
                 f"data.root {self.root}",
                 found=f"entry {name!r}, which is no plain relative path",

@@ -6,8 +6,9 @@ dropped labels, because every draw is keyed by (seed, stream, step, position in 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from acdit import draws
-from acdit.data.build import Dataset
-from acdit.errors import AcditError
+from acdit.data.bad_files import BadFiles
+from acdit.data.build import Dataset, length
+from acdit.data.picture import CROP_DRAWS
+from acdit.data.stream import StreamDataset
+from acdit.errors import AcditError, DataError
 from acdit.training.build import Built
 
 
@@ -75,45 +79,105 @@ class Batches:
 
     def __init__(self, built: Built, rank: int, world_size: int, first_step: int, device: torch.device) -> None:
         self.built, self.device, self.first_step = built, device, first_step
-        self.order = DataOrder(len(built.dataset), built.recipe.seed)
         optim = built.recipe.optim
+        self._in_memory = isinstance(getattr(built.dataset, "images", None), Tensor)
+        samples = length(built.dataset)
+        self.order = None if samples is None else DataOrder(samples, built.recipe.seed)
+        """None: the stream has its own order."""
         self.micro_batch = optim.batch_size // (optim.accumulation * world_size)
         start = rank * optim.accumulation * self.micro_batch
         self.positions = [
             range(start + i * self.micro_batch, start + (i + 1) * self.micro_batch) for i in range(optim.accumulation)
         ]
         """Positions in the global batch, a range per micro-batch."""
+        own = getattr(built.dataset, "bad_files", None)
+        self.bad_files = BadFiles(built.recipe.data.max_bad_files, own.reasons if own is not None else None)
+        """What all loader workers of all processes have met, up to the step that was handed out last."""
 
     def __iter__(self) -> Iterator[list[Batch]]:
         """One list of micro-batches per step, for ever."""
-        pictures = self._pictures()
+        if isinstance(self.built.dataset, StreamDataset):
+            loaded = self._from_stream(self.built.dataset)
+        elif self._in_memory:
+            loaded = self._from_memory()
+        else:
+            loaded = self._from_files()
         step = self.first_step
         while True:
-            yield [self._batch(step, positions, *next(pictures)) for positions in self.positions]
+            parts = self._agreed([next(loaded) for _ in self.positions])
+            yield [self._batch(step, positions, *part) for positions, part in zip(self.positions, parts, strict=True)]
             step += 1
 
-    def _indices(self) -> Iterator[list[int]]:
-        step = self.first_step
+    def _wanted(self) -> Iterator[list[_Place]]:
+        """Index of every sample and where to crop it, a list per micro-batch."""
+        recipe, step = self.built.recipe, self.first_step
         while True:
             for positions in self.positions:
-                start = step * self.built.recipe.optim.batch_size + positions.start
-                yield self.order.indices(start, len(positions)).tolist()
+                start = step * recipe.optim.batch_size + positions.start
+                indices = list(range(start, start + len(positions)))
+                if self.order is not None:
+                    indices = self.order.indices(start, len(positions)).tolist()
+                crops: list[list[float] | None] = [None] * len(indices)
+                if recipe.data.crop == "random":
+                    key: dict[str, Any] = {"seed": recipe.seed, "step": step, "samples": positions}
+                    crops = draws.uniform((CROP_DRAWS,), stream="crop", **key).tolist()
+                yield list(zip(indices, crops, strict=True))
             step += 1
 
-    def _pictures(self) -> Iterator[tuple[Tensor, Tensor]]:
-        dataset = self.built.dataset
-        in_memory = getattr(dataset, "images", None)
-        if isinstance(in_memory, Tensor):
-            # A data set that holds its images holds its labels too: the protocol asks for neither.
-            labels = torch.as_tensor(dataset.labels)  # type: ignore[attr-defined]
-            return ((in_memory[indices], labels[indices]) for indices in self._indices())
-        loader = DataLoader(
-            _Indexed(dataset),
-            batch_sampler=self._indices(),
-            num_workers=self.built.recipe.data.num_workers,
-            collate_fn=_collate,
+    def _from_memory(self) -> Iterator[_Loaded]:
+        dataset: Any = (
+            self.built.dataset
+        )  # one that holds its images holds its labels too: the protocol asks for neither
+        labels = torch.as_tensor(dataset.labels)
+        for wanted in self._wanted():
+            indices = [index for index, _ in wanted]
+            yield _Loaded(dataset.images[indices], labels[indices])
+
+    def _from_files(self) -> Iterator[_Loaded]:
+        return iter(
+            DataLoader(
+                _Indexed(self.built.dataset),
+                batch_sampler=self._wanted(),
+                num_workers=self.built.recipe.data.num_workers,
+                collate_fn=_as_it_is,
+            )
         )
-        return (_raised(loaded) for loaded in loader)
+
+    def _from_stream(self, dataset: StreamDataset) -> Iterator[_Loaded]:
+        dataset.start(self.built.recipe.seed, history=2 * self.built.recipe.optim.batch_size)
+        load = _Indexed(dataset).__getitems__
+        if not self.built.recipe.data.num_workers:
+            yield from map(load, self._wanted())
+            return
+        with ThreadPoolExecutor(1) as reader:  # one micro-batch ahead
+            waiting: list[Future[_Loaded]] = []
+            for wanted in self._wanted():
+                waiting.append(reader.submit(load, wanted))
+                if len(waiting) > 1:
+                    yield waiting.pop(0).result()
+
+    def _agreed(self, parts: list[_Loaded]) -> list[tuple[Tensor, Tensor]]:
+        """What was loaded, once all processes know of all bad files, so that they stop together or not at all.
+
+        Raises:
+            DataError: more bad files than allowed in all processes together, or any other error of the data set.
+        """
+        news = {name: reason for part in parts for name, reason in part.bad_files.items()}
+        error = next((part.error for part in parts if part.error is not None), None)
+        if not self._in_memory and torch.distributed.is_available() and torch.distributed.is_initialized():
+            flag = torch.tensor(float(bool(news) or error is not None), device=self.device)
+            torch.distributed.all_reduce(flag)
+            if flag > 0:  # rarely: names travel only then
+                told: list[Any] = [None] * torch.distributed.get_world_size()
+                torch.distributed.all_gather_object(told, (news, error and str(error)))
+                news = {name: reason for names, _ in told for name, reason in names.items()}
+                if error is None and (message := next((text for _, text in told if text is not None), None)):
+                    error = DataError(f"another process: {message}")
+        for name, reason in news.items():
+            self.bad_files.add(name, reason)
+        if error is not None:
+            raise error
+        return [(part.pictures, part.labels) for part in parts]
 
     def _batch(self, step: int, positions: range, pictures: Tensor, labels: Tensor) -> Batch:
         built, recipe = self.built, self.built.recipe
@@ -152,37 +216,52 @@ class Batches:
         return corruption.corrupt(clean, noise.to(self.device), timestep)
 
 
-class _Indexed(torch.utils.data.Dataset[tuple[Tensor, int] | AcditError]):
-    """The data set as torch's loader wants it; module level, so that workers can be started by any method.
+_Place = tuple[int, Sequence[float] | None]
+"""Index of a sample, and the draws of its random crop."""
 
-    An error of the data set is handed over as a value: raised in a worker, torch would put the worker's whole traceback
-    into the message that the user reads.
-    """
 
-    def __init__(self, dataset: Dataset) -> None:
-        self.dataset = dataset
+@dataclass
+class _Loaded:
+    """A micro-batch from a loader. Errors and bad files travel as values: raised in a worker, torch would put the
+    worker's whole traceback into the message that the user reads; counted in a worker, nobody would know the sum."""
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int] | AcditError:
+    pictures: Tensor = field(default_factory=lambda: torch.empty(0))
+    labels: Tensor = field(default_factory=lambda: torch.empty(0))
+    bad_files: dict[str, str] = field(default_factory=dict)
+    """Met by this worker since its last micro-batch, with reasons."""
+    error: AcditError | None = None
+
+
+class _Indexed(torch.utils.data.Dataset[_Loaded]):
+    """The data set as torch's loader wants it; module level, so that workers can be started by any method."""
+
+    def __init__(self, dataset: Dataset | StreamDataset) -> None:
+        self.dataset: Any = dataset
+        self._bad_files: BadFiles = getattr(dataset, "bad_files", BadFiles(0))
+        self._reported = len(self._bad_files)
+
+    def __getitems__(self, wanted: list[_Place]) -> _Loaded:
+        loaded = _Loaded()
         try:
-            return self.dataset[index]
+            if isinstance(self.dataset, StreamDataset):
+                samples = self.dataset.samples(wanted)
+            else:
+                samples = [self._sample(*place) for place in wanted]
+            loaded.pictures = torch.stack([picture for picture, _ in samples])
+            loaded.labels = torch.tensor([label for _, label in samples])
         except AcditError as error:
-            return error
+            loaded.error = error
+        loaded.bad_files = self._bad_files.since(self._reported)
+        self._reported = len(self._bad_files)
+        return loaded
+
+    def _sample(self, index: int, crop: Sequence[float] | None) -> tuple[Tensor, int]:
+        sample: tuple[Tensor, int] = self.dataset[index] if crop is None else self.dataset.cropped(index, crop)
+        return sample
 
     def __len__(self) -> int:
         return len(self.dataset)
 
 
-def _collate(items: list[tuple[Tensor, int] | AcditError]) -> tuple[Tensor, Tensor] | AcditError:
-    pictures, labels = [], []
-    for item in items:
-        if isinstance(item, AcditError):
-            return item
-        pictures.append(item[0])
-        labels.append(item[1])
-    return torch.stack(pictures), torch.tensor(labels)
-
-
-def _raised(loaded: tuple[Tensor, Tensor] | AcditError) -> tuple[Tensor, Tensor]:
-    if isinstance(loaded, AcditError):
-        raise loaded
+def _as_it_is(loaded: Any) -> Any:
     return loaded

@@ -11,7 +11,8 @@ from torch import nn
 from acdit.codecs import PixelCodec
 from acdit.corruption import GaussianCorruption
 from acdit.costs import Architecture
-from acdit.data.build import Dataset, build_dataset
+from acdit.data.build import Dataset, build_dataset, length
+from acdit.data.stream import StreamDataset
 from acdit.errors import ConfigError, DataError
 from acdit.model import PRESETS, ACDiTTransformer
 from acdit.pipelines import ACDiTPipeline
@@ -26,7 +27,7 @@ class Built:
     model: ACDiTTransformer
     corruption: GaussianCorruption
     codec: PixelCodec
-    dataset: Dataset
+    dataset: Dataset | StreamDataset
     total_steps: int
 
     def pipeline(self) -> ACDiTPipeline:
@@ -51,7 +52,7 @@ def build(recipe: Recipe) -> Built:
     if recipe.codec.kind != "pixels":
         raise ConfigError("codec.kind", found=repr(recipe.codec.kind), expected="'pixels' in this version")
     dataset = build_dataset(recipe.data)
-    if len(dataset) == 0:
+    if length(dataset) == 0:
         raise DataError("data", found="no samples", expected="at least one", fix="check data.root and data.split")
     model = build_model(recipe.model, recipe.seed)
     if recipe.train.precision == "fp64":
@@ -63,7 +64,13 @@ def build(recipe: Recipe) -> Built:
     steps = recipe.train.steps
     if steps is None:
         assert recipe.train.epochs is not None  # the recipe has exactly one of the two
-        steps = max(1, recipe.train.epochs * len(dataset) // recipe.optim.batch_size)
+        samples = length(dataset)
+        if samples is None:
+            raise ConfigError(
+                "train.epochs", found=str(recipe.train.epochs), expected="train.steps: nobody knows a stream's length",
+                fix="set train.steps and leave train.epochs out",
+            )  # fmt: skip
+        steps = max(1, recipe.train.epochs * samples // recipe.optim.batch_size)
     return Built(
         recipe=recipe,
         model=model,
@@ -103,7 +110,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
-def _check_data(recipe: Recipe, dataset: Dataset, model: ACDiTTransformer) -> None:
+def _check_data(recipe: Recipe, dataset: Dataset | StreamDataset, model: ACDiTTransformer) -> None:
     channels, *cells = dataset.shape
     if tuple(cells) != model.layout.grid:
         raise ConfigError(

@@ -59,8 +59,11 @@ class RunState:
     loss_count: int = 0
 
 
-def save(state: RunState, recipe: Recipe, run: Path, dataset_length: int, world_size: int) -> Path:
+def save(state: RunState, recipe: Recipe, run: Path, dataset: dict[str, Any], world_size: int) -> Path:
     """Write checkpoint-N of a run, verify it, and prune old ones.
+
+    Args:
+        dataset: how far the data are: "dataset_length", and "stream" where a stream has to go on from somewhere.
 
     Raises:
         StorageError: no room, or the files on disk are not what was written; older checkpoints are kept.
@@ -75,7 +78,7 @@ def save(state: RunState, recipe: Recipe, run: Path, dataset_length: int, world_
         description = {
             "format": FORMAT,
             "step": state.step,
-            "sampler": {"next_step": state.step, "dataset_length": dataset_length},
+            "sampler": {"next_step": state.step, **dataset},
             "lr_scheduler": {"last_epoch": state.lr_scheduler.last_epoch, "base_lrs": state.lr_scheduler.base_lrs},
             "ema": [
                 {"decay": decay, "optimization_step": count}
@@ -167,7 +170,7 @@ def read_description(path: Path) -> dict[str, Any]:
 
 
 def require_same_run(
-    description: dict[str, Any], recipe: Recipe, steps: int, old_steps: int, *, branch: bool, dataset_length: int
+    description: dict[str, Any], recipe: Recipe, steps: int, old_steps: int, *, branch: bool, dataset_length: int | None
 ) -> list[str]:
     """Compare the checkpoint's recipe with this run's.
 
@@ -177,7 +180,7 @@ def require_same_run(
         steps, old_steps: its total steps, and the checkpoint's run's.
         branch: a new run that starts from the checkpoint may change the learning-rate schedule freely; a resumed one
             only where the steps already done would have been the same.
-        dataset_length: samples in the data set at hand.
+        dataset_length: samples in the data set at hand; None: a stream.
 
     Returns:
         Notes to log: what differs, and why the result is not bit-exact.
@@ -204,7 +207,10 @@ def require_same_run(
         )  # fmt: skip
     length = description["sampler"]["dataset_length"]
     if length != dataset_length:
-        raise ConfigError("data", found=f"{dataset_length} samples", expected=f"{length}, as in the checkpoint")
+        found, expected = (
+            f"{count} samples" if count is not None else "a stream" for count in (dataset_length, length)
+        )
+        raise ConfigError("data", found=found, expected=f"{expected}, as in the checkpoint")
     notes = [f"{path} differs: {old!r} → {new!r}" for path, (old, new) in changed.items()]
     return notes + [f"not bit-exact: {path} differs" for path in changed if path in INEXACT]
 

@@ -20,6 +20,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from acdit import storage
+from acdit.data.build import length
+from acdit.data.stream import StreamDataset
 from acdit.errors import ConfigError, NonFiniteError, StorageError
 from acdit.pipelines import ACDiTPipeline
 from acdit.recipe import Recipe, recipe_from_dict, recipe_to_yaml
@@ -229,7 +231,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             try:
                 checkpoints.save(
-                    self.state, self.recipe, self.run, len(self.built.dataset), self.accelerator.num_processes
+                    self.state, self.recipe, self.run, self._place_in_data(), self.accelerator.num_processes
                 )
                 self._publish()
             except (OSError, StorageError) as failure:
@@ -239,6 +241,13 @@ class Trainer:
             raise error
         if failed:
             raise StorageError("checkpoint", found="the first process could not save", expected="see its message")
+
+    def _place_in_data(self) -> dict[str, Any]:
+        dataset = self.built.dataset
+        place: dict[str, Any] = {"dataset_length": length(dataset)}
+        if isinstance(dataset, StreamDataset):
+            place["stream"] = dataset.state(self.state.step * self.recipe.optim.batch_size)
+        return place
 
     def _publish(self) -> None:
         """model/: the first average as the pipeline's weights, the others as variants; see `ema_variant`."""
@@ -257,10 +266,11 @@ class Trainer:
     def _restore(self, path: Path, *, branch: bool, allow_inexact: bool) -> None:
         description = checkpoints.read_description(path)
         old = recipe_from_dict(description["recipe"])
-        old_steps = old.train.steps or max(1, (old.train.epochs or 1) * len(self.built.dataset) // old.optim.batch_size)
+        samples = length(self.built.dataset)
+        old_steps = old.train.steps or max(1, (old.train.epochs or 1) * (samples or 0) // old.optim.batch_size)
         notes = checkpoints.require_same_run(
             description, self.recipe, self.built.total_steps, old_steps,
-            branch=branch, dataset_length=len(self.built.dataset),
+            branch=branch, dataset_length=samples,
         )  # fmt: skip
         step = description["step"]
         if branch and old.optim.schedule == "wsd" and step > decay_start(old.optim, old_steps):
@@ -272,6 +282,8 @@ class Trainer:
         notes += checkpoints.restore(
             self.state, path, description, world_size=self.accelerator.num_processes, allow_inexact=allow_inexact
         )
+        if isinstance(self.built.dataset, StreamDataset):
+            self.built.dataset.load_state(description["sampler"]["stream"])
         logger.info("%s %s at step %d", "branching from" if branch else "resuming", path.name, step)
         for note in notes:
             logger.warning("%s", note)
