@@ -137,8 +137,8 @@ class ACDiTPipeline(DiffusionPipeline):
                     "output_type", found=f"{output_type!r} of a model of {self.transformer.layout.ndim}-D data",
                     expected='"latent": only pictures and clips have pixels',
                 )  # fmt: skip
-        class_labels = self._label_list(class_labels)
-        if class_labels is None:
+        labels = self._label_list(class_labels)
+        if labels is None:
             guidance_scale = 1.0
         unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
         if unknown:
@@ -170,7 +170,7 @@ class ACDiTPipeline(DiffusionPipeline):
                 sample_blocks(
                     self.transformer,
                     self.scheduler,
-                    class_labels=class_labels,
+                    class_labels=labels,
                     batch_size=batch_size,
                     num_inference_steps=num_inference_steps,
                     guidance_scale=guidance_scale,
@@ -236,9 +236,8 @@ class ACDiTPipeline(DiffusionPipeline):
             isinstance(labels, list | tuple) and any(isinstance(one, str) for one in labels)
         ):
             return self.get_label_ids(labels)
-        if labels is None or not hasattr(labels, "__index__") or getattr(labels, "ndim", 0):
-            return labels
-        return [operator.index(labels)]
+        alone = hasattr(labels, "__index__") and not getattr(labels, "shape", ())
+        return [operator.index(labels)] if alone else labels
 
     @staticmethod
     def _steps_per_block(steps: Any, first: int, num_blocks: int) -> list[int]:
