@@ -62,11 +62,25 @@ class DataRecipe:
 
 @dataclass
 class CodecRecipe:
-    """Model space is (value in [0, 1] − mean) / std."""
+    """`pixels`: model space is (value in [0, 1] − mean) / std.
+
+    `vae`: latents of the diffusers autoencoder `vae` (a folder or a hub id, in its `subfolder`), from pictures at every
+    step or cached (data.kind=latents; then `vae` may be left out, and the model is published without it). The
+    autoencoder's own scale is used; `scaling_factor`, `shift_factor` and `vae_sha256` only say what it must be.
+    `posterior` is mode or sample. `tiling` and `slicing` save memory on large pictures.
+    """
 
     kind: str = "pixels"
     mean: float = 0.5
     std: float = 0.5
+    vae: str | None = None
+    subfolder: str | None = None
+    posterior: str = "mode"
+    scaling_factor: float | None = None
+    shift_factor: float | None = None
+    vae_sha256: str | None = None
+    tiling: bool = False
+    slicing: bool = False
 
 
 @dataclass
@@ -157,9 +171,10 @@ class Recipe:
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.preset": ("B", "L", "XL", "H"),
     "model.rope": ("axial", "reference"),
-    "data.kind": ("digits", "images", "idx"),
+    "data.kind": ("digits", "images", "idx", "latents"),
     "data.split": ("train", "test", "held_out"),
-    "codec.kind": ("pixels",),
+    "codec.kind": ("pixels", "vae"),
+    "codec.posterior": ("mode", "sample"),
     "corruption.prediction_type": ("epsilon", "v_prediction", "flow_prediction"),
     "corruption.timestep_draw": ("uniform", "logit_normal"),
     "optim.schedule": ("wsd", "cosine", "constant"),
@@ -173,7 +188,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "model.in_channels": (1, 2**31), "model.num_layers": (1, 2**31), "model.num_attention_heads": (1, 2**31),
     "model.attention_head_dim": (2, 2**31), "model.num_classes": (1, 2**31), "model.rope_split": (1, 2**31),
     "data.size": (1, 2**31), "data.channels": (1, 5), "data.max_bad_files": (0, 2**31), "data.num_workers": (0, 4096),
-    "codec.std": (1e-12, math.inf),
+    "codec.std": (1e-12, math.inf), "codec.scaling_factor": (1e-12, math.inf), "codec.shift_factor": (-1e12, 1e12),
     "corruption.num_train_timesteps": (1, 2**31), "corruption.copies": (1, 2**31),
     "corruption.logit_std": (1e-12, math.inf), "corruption.min_snr_gamma": (1e-12, math.inf),
     "optim.batch_size": (1, 2**31), "optim.lr": (0, math.inf), "optim.betas": (0, 1), "optim.eps": (0, math.inf),

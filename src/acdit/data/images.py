@@ -6,6 +6,7 @@ root/<class>/….png      or      root/<split>/<class>/….png
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 from torch import Tensor
@@ -96,6 +97,18 @@ class ImagesDataset:
                 fix="set data.size to resize and crop all pictures to one size",
             )
         return picture, self.labels[index % len(self)]
+
+    def file_at(self, index: int) -> str:
+        """How messages name the file whose picture stands at an index.
+
+        Raises:
+            DataError: more bad files than allowed.
+        """
+        return self._source.describe(self._picture(index % len(self))[1])
+
+    def listing(self) -> Iterator[tuple[str, int]]:
+        """(path below the root, class) of every index: what the order of samples follows from."""
+        return zip(self._files, self.labels, strict=True)
 
     def _picture(self, index: int) -> tuple[Tensor, str]:
         start, stop = self._bounds[self.labels[index]]
