@@ -33,6 +33,7 @@ class ACDiTPipeline(DiffusionPipeline):
         scheduler: any diffusers scheduler of the same prediction type.
         vae: a diffusers autoencoder for latent models; None for models of pixels.
         pixel_mean, pixel_std: of a model of pixels: model space = (value in [0, 1] − mean) / std.
+        latents: a model of latents; without a vae it gives output_type="latent" only.
         id2label: class names by index, as JSON keeps them (string keys).
     """
 
@@ -48,10 +49,11 @@ class ACDiTPipeline(DiffusionPipeline):
         pixel_mean: float = 0.5,
         pixel_std: float = 0.5,
         id2label: dict[str, str] | None = None,
+        latents: bool = False,
     ) -> None:
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
-        self.register_to_config(pixel_mean=pixel_mean, pixel_std=pixel_std, id2label=id2label)
+        self.register_to_config(pixel_mean=pixel_mean, pixel_std=pixel_std, latents=latents, id2label=id2label)
 
     @classmethod
     def from_pretrained(
@@ -209,12 +211,14 @@ class ACDiTPipeline(DiffusionPipeline):
         return array if output_type == "np" else VaeImageProcessor.numpy_to_pil(array)
 
     def _require_codec(self) -> None:
-        if self.vae is None and self.transformer.config.in_channels not in (1, 3):
+        if self.vae is None and (self.config.latents or self.transformer.config.in_channels not in (1, 3)):
             raise ConfigError(
                 "output_type",
                 found=f"a latent model ({self.transformer.config.in_channels} channels) without its vae",
                 expected='output_type="latent", or a pipeline with a vae',
-                fix="build the pipeline with the autoencoder of the training: vae=AutoencoderKL.from_pretrained(…)",
+                fix="load it with the autoencoder of the training: ACDiTPipeline.from_pretrained(…, "
+                "vae=acdit.codecs.load_vae(…)), or acdit sample --vae PATH; codec.vae=PATH in the recipe publishes it "
+                "with the model",
             )
 
     def _prefix_blocks(self, prefix: Tensor | None, num_prefix_blocks: int | None) -> Tensor | None:

@@ -73,11 +73,25 @@ class DataRecipe:
 
 @dataclass
 class CodecRecipe:
-    """Model space is (value in [0, 1] − mean) / std."""
+    """`pixels`: model space is (value in [0, 1] − mean) / std.
+
+    `vae`: latents of the diffusers autoencoder `vae` (a folder or a hub id, in its `subfolder`), from pictures at every
+    step or cached (data.kind=latents; then `vae` may be left out, and the model is published without it). The
+    autoencoder's own scale is used; `scaling_factor`, `shift_factor` and `vae_sha256` only say what it must be.
+    `posterior` is mode or sample. `tiling` and `slicing` save memory on large pictures.
+    """
 
     kind: str = "pixels"
     mean: float = 0.5
     std: float = 0.5
+    vae: str | None = None
+    subfolder: str | None = None
+    posterior: str = "mode"
+    scaling_factor: float | None = None
+    shift_factor: float | None = None
+    vae_sha256: str | None = None
+    tiling: bool = False
+    slicing: bool = False
 
 
 @dataclass
@@ -176,7 +190,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.rope": ("axial", "reference", "1d", "none"),
     "data.kind": ("digits", "images", "idx", "webdataset", "hf", "latents"),
     "data.crop": ("center", "random"),
-    "codec.kind": ("pixels", "latents"),
+    "codec.kind": ("pixels", "vae"),
+    "codec.posterior": ("mode", "sample"),
     "corruption.prediction_type": ("epsilon", "v_prediction", "flow_prediction"),
     "corruption.timestep_draw": ("uniform", "logit_normal"),
     "corruption.beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
@@ -192,7 +207,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "model.attention_head_dim": (2, 2**31), "model.num_classes": (1, 2**31), "model.rope_split": (1, 2**31),
     "data.size": (1, 2**31), "data.channels": (1, 5), "data.max_bad_files": (0, 2**31), "data.num_workers": (0, 4096),
     "data.shuffle_buffer": (1, 2**31),
-    "codec.std": (1e-12, math.inf),
+    "codec.std": (1e-12, math.inf), "codec.scaling_factor": (1e-12, math.inf), "codec.shift_factor": (-1e12, 1e12),
     "corruption.num_train_timesteps": (1, 2**31), "corruption.copies": (1, 2**31),
     "corruption.context_noise": (0, 1 + 1e-12),
     "corruption.beta_start": (1e-12, 1), "corruption.beta_end": (1e-12, 1), "model.mlp_ratio": (1e-12, 2**31),

@@ -156,19 +156,53 @@ def write_text_atomic(path: str | Path, text: str) -> None:
     Raises:
         StorageError: there is no room (the bytes needed are named), or the place cannot be written.
     """
+    with atomic_file(path, len(text.encode())) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | Path, size: int = 0) -> Iterator[Path]:
+    """A temporary name to write a file under; it becomes `path` when the block ends without an error.
+
+    Args:
+        path: where the file shall be; missing parents are made.
+        size: its bytes, as far as they are known, for the message when there is no room.
+
+    Raises:
+        StorageError: there is no room (the bytes needed are named), or the place cannot be written.
+    """
     path = Path(path)
     temporary = path.with_name(f"{_TEMPORARY}{path.name}-{_unique()}")
     try:
         _make_parents(path)
         _step("write")
-        temporary.write_text(text, encoding="utf-8")
+        yield temporary
         _sync(temporary)
         _step("replace")
         temporary.replace(path)
         _sync(path.parent)
-    except OSError as error:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
-        raise _explained(error, error.errno or 0, path, len(text.encode())) from error
+        code = _error_number(error)
+        if code is None:
+            raise
+        raise _explained(error, code, path, size) from error
+
+
+def require_room(path: str | Path, needed: int) -> None:
+    """Check that `needed` bytes are free where `path` is or will be.
+
+    Raises:
+        StorageError: they are not; the bytes needed are named.
+    """
+    free = free_bytes(path)
+    if free < needed:
+        raise _no_room(Path(path), errno.ENOSPC, needed, free)
+
+
+def file_sha256(path: str | Path) -> str:
+    """sha256 of a file's content, in hexadecimal."""
+    return _sha256(Path(path))
 
 
 def verify(path: str | Path, may_miss: Collection[str] = ()) -> Manifest:

@@ -83,7 +83,7 @@ def test_an_imagenet_recipe_is_the_papers(name: str) -> None:
         assert train.steps == (2_400_000 if "long" in name else 400_000)
     else:
         assert train.steps == 1_200_000
-    assert (recipe.data.kind, recipe.data.channels, recipe.codec.kind) == ("latents", 4, "latents")
+    assert (recipe.data.kind, recipe.codec.kind, recipe.codec.scaling_factor) == ("latents", "vae", 0.18215)
 
 
 @pytest.mark.parametrize("name", LARGE)

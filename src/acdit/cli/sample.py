@@ -39,6 +39,9 @@ def add(command: AddCommand) -> None:
     made.add_argument("--batch-size", type=positive, default=64, help="pictures at once (default 64)")
     made.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the weights (default fp32)")
     made.add_argument("--device", help="default: cuda where there is one")
+    made.add_argument("--vae", metavar="PATH", help="autoencoder to decode with, for a model saved without its own")
+    made.add_argument("--vae-tiling", action="store_true", help="decode large pictures in tiles: less memory")
+    made.add_argument("--vae-slicing", action="store_true", help="decode picture by picture: less memory")
     made.add_argument("--prefix-image", metavar="FILE", help="a picture whose first blocks are kept")
     made.add_argument("--prefix-blocks", type=positive, help="how many of them")
     made.add_argument("--output", default="out", help="folder for PNGs, grid.png and settings.json (default out)")
@@ -111,6 +114,16 @@ def _load_pipeline(options: argparse.Namespace) -> Any:
             f"model {options.model}", found=f"no such folder, and no such model on the hub ({reason})",
             expected="a saved ACDiTPipeline", fix="make demo leaves one in runs/demo/model",
         ) from error  # fmt: skip
+    if options.vae is not None:
+        from acdit.codecs import load_vae
+
+        pipeline.register_modules(vae=load_vae(options.vae))
+    if options.vae_tiling or options.vae_slicing:
+        from acdit.codecs.autoencoders import set_memory_savers
+
+        if pipeline.vae is None:
+            raise ConfigError("--vae-tiling, --vae-slicing", found="a model without an autoencoder", expected="neither")
+        set_memory_savers(pipeline.vae, tiling=options.vae_tiling, slicing=options.vae_slicing)
     if dtype != torch.float32:
         pipeline.transformer.to(dtype)
     if options.solver is not None:
@@ -168,8 +181,11 @@ def _prefix(options: argparse.Namespace, pipeline: Any) -> Any:
     from PIL import Image, UnidentifiedImageError
 
     grid = pipeline.transformer.config.grid
-    factor = 2 ** (len(pipeline.vae.config.block_out_channels) - 1) if pipeline.vae is not None else 1
-    gray = pipeline.vae is None and pipeline.transformer.config.in_channels == 1
+    from acdit.codecs import spatial_factor
+
+    factor = spatial_factor(pipeline.vae) if pipeline.vae is not None else 1
+    channels = pipeline.transformer.config.in_channels if pipeline.vae is None else pipeline.vae.config.in_channels
+    gray = channels == 1
     try:
         with Image.open(options.prefix_image) as file:
             picture = file.convert("L" if gray else "RGB").resize((grid[1] * factor, grid[0] * factor))

@@ -6,6 +6,16 @@ import torch
 from torch import Tensor
 
 
+def flip_pictures(pictures: Tensor, flipped: Tensor) -> Tensor:
+    """Mirror some pictures left to right.
+
+    Args:
+        pictures: (B, C, H, W).
+        flipped: (B,) booleans.
+    """
+    return torch.where(flipped[:, None, None, None], pictures.flip(-1), pictures)
+
+
 class PixelCodec:
     """Model space is (value − mean) / std of values in [0, 1]; the default maps them to [−1, 1].
 
@@ -16,7 +26,12 @@ class PixelCodec:
     def __init__(self, mean: float = 0.5, std: float = 0.5) -> None:
         self.mean, self.std = mean, std
 
-    def encode(self, pixels: Tensor) -> Tensor:
+    flip = staticmethod(flip_pictures)
+
+    def noise_shape(self, data_shape: tuple[int, ...]) -> None:
+        """Encoding draws nothing."""
+
+    def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
         """uint8, or float in [0, 1], of any shape → fp32 (or the given float dtype) in model space."""
         values = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
         return (values - self.mean) / self.std

@@ -13,12 +13,13 @@ from acdit.data.digits import DigitsDataset
 from acdit.data.hf import HFDataset
 from acdit.data.idx import IdxDataset
 from acdit.data.images import ImagesDataset
+from acdit.data.latents import LatentsDataset
 from acdit.data.shards import ShardsDataset
 from acdit.data.stream import StreamDataset
 from acdit.errors import ConfigError
 from acdit.recipe import DataRecipe
 
-KINDS = ("digits", "images", "idx", "webdataset", "hf")
+KINDS = ("digits", "images", "idx", "webdataset", "hf", "latents")
 # Settings that only some kinds have a use for: elsewhere they must keep their default.
 _ONLY_FOR = {
     "max_bad_files": ("images", "webdataset", "hf"),
@@ -34,7 +35,8 @@ _ONLY_FOR = {
 class Dataset(Protocol):
     """What the trainer reads: a map from index to (uint8 (C, H, W), class).
 
-    A `StreamDataset` has no length and no index; `length` tells them apart.
+    Of cached latents the items are those of `LatentsDataset`. A `StreamDataset` has no length and no index; `length`
+    tells them apart.
     """
 
     num_classes: int
@@ -42,7 +44,7 @@ class Dataset(Protocol):
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of every picture."""
+        """(C, H, W) of every picture, or (C, h, w) of every latent."""
         ...
 
     def __len__(self) -> int: ...
@@ -63,8 +65,12 @@ def length(dataset: Dataset | StreamDataset) -> int | None:
     return None if isinstance(dataset, StreamDataset) else len(dataset)
 
 
-def build_dataset(recipe: DataRecipe) -> Dataset | StreamDataset:
+def build_dataset(recipe: DataRecipe, posterior: str = "mode") -> Dataset | StreamDataset:
     """The data set a recipe names.
+
+    Args:
+        recipe: what to read.
+        posterior: "mode" or "sample", of cached latents.
 
     Raises:
         ConfigError: an unknown kind, a missing root, or a setting that this kind has no use for.
@@ -102,6 +108,8 @@ def build_dataset(recipe: DataRecipe) -> Dataset | StreamDataset:
         raise ConfigError(
             "data.root", found="nothing", expected=f"where the {recipe.kind} lie", fix="add data.root=/path/to/data"
         )
+    if recipe.kind == "latents":
+        return _build_latents(recipe, posterior)
     classes = None if recipe.classes is None else read_class_list(recipe.classes)
     if recipe.kind == "idx":
         return IdxDataset(recipe.root, recipe.split, recipe.channels, recipe.size, classes)
@@ -114,3 +122,20 @@ def build_dataset(recipe: DataRecipe) -> Dataset | StreamDataset:
     if recipe.kind == "webdataset":
         return ShardsDataset(*files, recipe.label_column, classes)
     return ImagesDataset(*files, classes)
+
+
+def _build_latents(recipe: DataRecipe, posterior: str) -> LatentsDataset:
+    assert recipe.root is not None
+    dataset = LatentsDataset(recipe.root, recipe.flip, posterior)
+    manifest = dataset.manifest
+    for name, value, cached in (
+        ("size", recipe.size, manifest.resolution),
+        ("channels", recipe.channels, manifest.picture_channels),
+        ("split", recipe.split, manifest.split),
+    ):
+        if value not in (None, cached):
+            raise ConfigError(
+                f"data.{name}", found=repr(value), expected=f"{cached!r}, of the pictures that were encoded",
+                fix=f"set data.{name}={cached}, or encode anew",
+            )  # fmt: skip
+    return dataset

@@ -6,7 +6,7 @@ root/<class>/….png      or      root/<split>/<class>/….png
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from acdit.data.classes import ClassList
@@ -68,6 +68,10 @@ class ImagesDataset(LabelledPictures):
     def describe(self, index: int) -> str:
         """Path of the picture."""
         return self._source.describe(self._files[index])
+
+    def listing(self) -> Iterator[tuple[str, int]]:
+        """(path below the root, class) of every index: what the order of samples follows from."""
+        return zip(self._files, self.labels.tolist(), strict=True)
 
     def _read(self, index: int) -> bytes:
         return self._source.read(self._files[index])

@@ -95,6 +95,14 @@ class LabelledPictures(ABC):
             )
         return picture, int(self.labels[index])
 
+    def file_at(self, index: int) -> str:
+        """How messages name the file whose picture stands at an index: another of its class where its own is bad.
+
+        Raises:
+            DataError: more bad files than allowed.
+        """
+        return self._picture(index % len(self), None)[1]
+
     def stored_size(self, index: int) -> tuple[int, int] | None:
         """(H, W) as it lies in the file, before EXIF, resize and crop; None where the file is bad."""
         try:

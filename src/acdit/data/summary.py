@@ -11,6 +11,7 @@ from torch import Tensor
 
 from acdit.data.build import Dataset, length
 from acdit.data.labelled import LabelledPictures
+from acdit.data.latents import LatentsDataset
 from acdit.data.stream import StreamDataset
 
 
@@ -28,7 +29,7 @@ class Summary:
     looked_at: int
     """How many samples the figures below are of."""
     mean: list[float]
-    """Per channel; pictures count from 0 to 1."""
+    """Per channel; pictures count from 0 to 1, latents as they are in model space."""
     std: list[float]
     stored: tuple[tuple[int, int], tuple[int, int]] | None
     """(H, W) of the smallest and the largest picture as it lies in its file, by area."""
@@ -60,6 +61,8 @@ def summarize(dataset: Dataset | StreamDataset, at_most: int | None = 1000) -> S
     edges: list[tuple[int, int]] = []
     for index in map(int, chosen):
         picture = dataset.samples([(index, None)])[0][0] if isinstance(dataset, StreamDataset) else dataset[index][0]
+        if isinstance(dataset, LatentsDataset):
+            picture = picture[0, 0]  # the picture as it is, its latent or its posterior's mean
         values = picture.double().flatten(1) / (255 if picture.dtype == torch.uint8 else 1)
         if not pixels:
             total = squares = values.new_zeros(len(values))

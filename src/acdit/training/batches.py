@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from acdit import draws
+from acdit.codecs import VAECodec
 from acdit.data.bad_files import BadFiles
 from acdit.data.build import Dataset, length
 from acdit.data.picture import CROP_DRAWS
@@ -79,6 +80,8 @@ class Batches:
 
     def __init__(self, built: Built, rank: int, world_size: int, first_step: int, device: torch.device) -> None:
         self.built, self.device, self.first_step = built, device, first_step
+        if isinstance(built.codec, VAECodec):  # pictures are encoded at every step
+            built.codec.vae.to(device)
         optim = built.recipe.optim
         self._in_memory = isinstance(getattr(built.dataset, "images", None), Tensor)
         samples = length(built.dataset)
@@ -185,9 +188,11 @@ class Batches:
         key: dict[str, Any] = {"seed": recipe.seed, "step": step, "samples": positions}
         if recipe.data.flip:
             flipped = draws.uniform((), stream="flip", **key) < 0.5
-            pictures = torch.where(flipped[:, None, None, None], pictures.flip(-1), pictures)
+            pictures = built.codec.flip(pictures, flipped)
         dtype = built.model.x_embedder.weight.dtype
-        clean = layout.to_blocks(built.codec.encode(pictures)).to(dtype)
+        shape = built.codec.noise_shape(built.dataset.shape)
+        posterior = None if shape is None else draws.normal(shape, stream="posterior", **key)
+        clean = layout.to_blocks(built.codec.encode(pictures, posterior)).to(dtype)
         u = draws.uniform((layout.num_blocks,), stream="timestep", copies=copies, **key)
         noise = draws.normal(tuple(clean.shape[1:]), stream="noise", copies=copies, **key).to(dtype)
         kept: Tensor | None = None

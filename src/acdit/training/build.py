@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
-from acdit.codecs import PixelCodec
 from acdit.corruption import GaussianCorruption
 from acdit.costs import Architecture
 from acdit.data.build import Dataset, build_dataset, length
@@ -17,6 +17,7 @@ from acdit.errors import ConfigError, DataError
 from acdit.model import PRESETS, ACDiTTransformer
 from acdit.pipelines import ACDiTPipeline
 from acdit.recipe import ModelRecipe, Recipe
+from acdit.training.codecs import Codec, build_codec, data_shape
 
 
 @dataclass
@@ -26,9 +27,11 @@ class Built:
     recipe: Recipe
     model: ACDiTTransformer
     corruption: GaussianCorruption
-    codec: PixelCodec
+    codec: Codec
     dataset: Dataset | StreamDataset
     total_steps: int
+    vae: Any = None
+    """The autoencoder that the pipeline decodes with, if the recipe names one."""
 
     def pipeline(self) -> ACDiTPipeline:
         """The pipeline around the model as it is now: what gets published."""
@@ -36,8 +39,10 @@ class Built:
         return ACDiTPipeline(
             self.model,
             self.corruption.sampling_scheduler(),
-            pixel_mean=self.codec.mean,
-            pixel_std=self.codec.std,
+            vae=self.vae,
+            latents=self.recipe.codec.kind == "vae",
+            pixel_mean=self.recipe.codec.mean,
+            pixel_std=self.recipe.codec.std,
             id2label=names if self.recipe.model.num_classes is not None else None,
         )
 
@@ -49,15 +54,14 @@ def build(recipe: Recipe) -> Built:
         ConfigError: parts that do not fit each other.
         DataError: the data are not what the recipe says.
     """
-    if recipe.codec.kind != "pixels":
-        raise ConfigError("codec.kind", found=repr(recipe.codec.kind), expected="'pixels' in this version")
-    dataset = build_dataset(recipe.data)
+    dataset = build_dataset(recipe.data, recipe.codec.posterior)
     if length(dataset) == 0:
         raise DataError("data", found="no samples", expected="at least one", fix="check data.root and data.split")
     model = build_model(recipe.model, recipe.seed)
     if recipe.train.precision == "fp64":
         model.double()
-    _check_data(recipe, dataset, model)
+    codec, vae = build_codec(recipe, dataset)
+    _check_data(recipe, dataset, data_shape(dataset, codec), model)
     settings = dataclasses.asdict(recipe.corruption)
     for name in ("copies", "context_noise"):  # the batches' business
         settings.pop(name)
@@ -75,7 +79,8 @@ def build(recipe: Recipe) -> Built:
         recipe=recipe,
         model=model,
         corruption=GaussianCorruption(**settings),
-        codec=PixelCodec(recipe.codec.mean, recipe.codec.std),
+        codec=codec,
+        vae=vae,
         dataset=dataset,
         total_steps=steps,
     )
@@ -110,18 +115,21 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
-def _check_data(recipe: Recipe, dataset: Dataset | StreamDataset, model: ACDiTTransformer) -> None:
-    channels, *cells = dataset.shape
+def _check_data(
+    recipe: Recipe, dataset: Dataset | StreamDataset, shape: tuple[int, int, int], model: ACDiTTransformer
+) -> None:
+    channels, *cells = shape
+    what = "latents" if recipe.codec.kind == "vae" else "pictures"
     if tuple(cells) != model.layout.grid:
         raise ConfigError(
-            "model.grid", found=str(list(model.layout.grid)), expected=f"{cells}, the size of the pictures",
+            "model.grid", found=str(list(model.layout.grid)), expected=f"{cells}, the size of the {what}",
             fix="change model.grid, or data.size",
         )  # fmt: skip
     if channels != recipe.model.in_channels:
         raise ConfigError(
             "model.in_channels",
             found=str(recipe.model.in_channels),
-            expected=f"{channels}, as the pictures have",
+            expected=f"{channels}, as the {what} have",
         )
     _check_sampling(recipe)
     classes = recipe.model.num_classes
