@@ -24,7 +24,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path / "model"
 
 
-@pytest.mark.parametrize("command", ["train", "sample", "convert", "demo", "recipes"])
+@pytest.mark.parametrize("command", ["train", "sample", "evaluate", "convert", "demo", "recipes"])
 def test_every_command_explains_itself_with_an_example_and_exit_codes(
     command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

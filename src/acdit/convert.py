@@ -128,7 +128,7 @@ def convert_reference(checkpoint: str | Path, output: str | Path, weights: str =
 def read_reference(checkpoint: str | Path, weights: str = "model") -> ReferenceCheckpoint:
     """Read and check a checkpoint, as `convert_reference` does before it writes; the weights are views of the file."""
     path = Path(checkpoint)
-    content = _load(path)
+    content = load_plain(path)
     if not isinstance(content, dict) or type(content.get("args")) is not argparse.Namespace:
         raise DataError(
             f"{path}: not a checkpoint of the reference",
@@ -147,13 +147,20 @@ def read_reference(checkpoint: str | Path, weights: str = "model") -> ReferenceC
 # --- reading a file from a stranger ------------------------------------------------------------------------------
 
 
-def _load(path: Path) -> Any:
-    """The unpickled content, or DataError; executes nothing the file says, whatever the environment says."""
-    _require_plain_archive(path)
+def load_plain(path: Path, *, older_form: bool = False) -> Any:
+    """The unpickled content of a .pt file, or DataError; executes nothing the file says, whatever the environment says.
+
+    Args:
+        path: of the file.
+        older_form: also read what torch < 1.6 wrote (no zip; a list of its instructions cannot be taken beforehand).
+    """
+    zipped = not older_form or zipfile.is_zipfile(path)
+    if zipped:
+        _require_plain_archive(path)
     try:
         with _namespace_only():
             # Written out: an explicit weights_only cannot be overridden by TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD.
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # the unpickler raises whatever a broken stream makes it raise
         raise DataError(
             f"{path}: refused by torch.load(weights_only=True)", found=_shortened(error), expected="tensors and dicts"

@@ -156,19 +156,40 @@ def write_text_atomic(path: str | Path, text: str) -> None:
     Raises:
         StorageError: there is no room (the bytes needed are named), or the place cannot be written.
     """
+    with atomic_file(path, expected_bytes=len(text.encode())) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | Path, expected_bytes: int = 0, durable: bool = True) -> Iterator[Path]:
+    """A temporary path to write a file to; it becomes `path` when the block ends without an error.
+
+    Args:
+        path: where the file shall be; missing parents are made, a file there is replaced.
+        expected_bytes: what is about to be written, for the message when there is no room.
+        durable: wait for the disk, so that the file outlives the machine's death; False for what can be made again.
+
+    Raises:
+        StorageError: there is no room (the bytes needed are named), or the place cannot be written.
+    """
     path = Path(path)
     temporary = path.with_name(f"{_TEMPORARY}{path.name}-{_unique()}")
     try:
         _make_parents(path)
         _step("write")
-        temporary.write_text(text, encoding="utf-8")
-        _sync(temporary)
+        yield temporary
+        if durable:
+            _sync(temporary)
         _step("replace")
         temporary.replace(path)
-        _sync(path.parent)
+        if durable:
+            _sync(path.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise _explained(error, error.errno or 0, path, len(text.encode())) from error
+        raise _explained(error, error.errno or 0, path, expected_bytes) from error
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def verify(path: str | Path, may_miss: Collection[str] = ()) -> Manifest:
