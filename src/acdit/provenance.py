@@ -39,10 +39,8 @@ def commit() -> str | None:
 
 def versions() -> dict[str, str]:
     """Of this package and of what its figures depend on."""
-    import acdit
-
     return {
-        "acdit": acdit.__version__,
+        "acdit": sys.modules["acdit"].__version__,  # this package, not an import of everything above this file
         "python": platform.python_version(),
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,

@@ -71,9 +71,9 @@ def _evaluate(options: argparse.Namespace) -> None:
     if axes:
         require_matplotlib()
     if not options.self_test:
-        for name, value in (("SAMPLES", options.samples), ("--reference", options.reference)):
+        for what, value in (("SAMPLES", options.samples), ("--reference", options.reference)):
             if value is None:
-                raise ConfigError(name, found="nothing", expected="what to measure, and what to compare it with")
+                raise ConfigError(what, found="nothing", expected="what to measure, and what to compare it with")
     name = options.extractor or ("digits-classifier" if options.self_test else None)
     if name is None:
         raise ConfigError(

@@ -80,7 +80,7 @@ class _Files:
     """All pictures below a folder or in a zip, in sorted order of their paths."""
 
     def __init__(self, path: Path, channels: int | None, size: int | None) -> None:
-        self._source = DirectorySource(path) if path.is_dir() else ZipSource(path)
+        self._source: DirectorySource | ZipSource = DirectorySource(path) if path.is_dir() else ZipSource(path)
         self._channels, self._size = channels, size
         self._files = sorted(
             file for file in self._source.files if file.lower().endswith(SUFFIXES) and not is_hidden(file)

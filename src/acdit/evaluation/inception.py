@@ -71,7 +71,7 @@ class Mixed(nn.Module):
         for chain in chains:
             names, channels = [], in_channels
             for place, element in enumerate(chain):
-                units: tuple[Unit, ...] = element if isinstance(element[0], tuple) else (element,)  # type: ignore[assignment]
+                units: tuple[Unit, ...] = element if isinstance(element[0], tuple) else (element,)
                 last = pool == "halve" and place == len(chain) - 1
                 for name, width, kernel in units:
                     self.add_module(name, ConvUnit(channels, width, kernel, 2 if last else 1, padded=not last))
