@@ -113,7 +113,7 @@ def test_the_command_writes_pngs_npz_grid_and_settings(model: Path, tmp_path: Pa
 def test_two_processes_and_a_kill_change_no_byte(model: Path, tmp_path: Path) -> None:
     assert main(sample(model, tmp_path / "one", "--npz", str(tmp_path / "one.npz"))) == 0
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0",
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
         "-m", "acdit.cli", *sample(model, tmp_path / "two", "--npz", str(tmp_path / "two.npz")),
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
