@@ -24,7 +24,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path / "model"
 
 
-@pytest.mark.parametrize("command", ["train", "sample", "convert", "demo", "recipes", "plan"])
+@pytest.mark.parametrize(
+    "command", ["train", "sample", "evaluate", "convert", "demo", "recipes", "plan", "data", "encode"]
+)
 def test_every_command_explains_itself_with_an_example_and_exit_codes(
     command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

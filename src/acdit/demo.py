@@ -6,25 +6,17 @@ starts afresh and replaces it; a folder with anything else in it is refused.
 
 from __future__ import annotations
 
-import os
-import platform
-import shlex
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import diffusers
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import acdit
-from acdit import pictures, storage
+from acdit import pictures, provenance, storage
 from acdit.data import DigitsDataset
 from acdit.errors import StorageError
 from acdit.evaluation import matched_frechet_distance, nearest_training_distance, train_classifier
@@ -98,10 +90,10 @@ def run_demo(
         "num_inference_steps": recipe.sampling.num_inference_steps,
         "guidance_scale": recipe.sampling.guidance_scale,
         "seed": seed,
-        "command": command or shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "commit": _commit(),
-        "versions": _versions(),
-        "machine": _machine(),
+        "command": command or provenance.command_line(),
+        "commit": provenance.commit(),
+        "versions": provenance.versions(),
+        "machine": provenance.machine(),
     }
     storage.write_json_atomic(run / "metrics.json", metrics)
     if progress:
@@ -257,50 +249,6 @@ def _is_demo(recipe_path: Path) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(recipe, dict) and recipe.get("name") == RUN_NAME
-
-
-def _commit() -> str | None:
-    """The commit of the checkout this file is in; None outside one."""
-    here = Path(__file__).resolve()
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(here.parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", here.name)  # an installed copy may lie inside somebody else's checkout
-        return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "acdit": acdit.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-        "numpy": np.__version__,
-    }
-
-
-def _machine() -> dict[str, Any]:
-    return {
-        "system": f"{platform.system()} {platform.machine()}",
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "cuda": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def summary(metrics: dict[str, Any], run: str | Path) -> str:

@@ -36,13 +36,20 @@ _ALLOWED_GLOBALS = frozenset(
 _IMPORTING_OPCODES = ("INST", "STACK_GLOBAL", "EXT1", "EXT2", "EXT4")
 
 
-def load_checkpoint(path: Path) -> Any:
-    """The unpickled content, or DataError; executes nothing the file says, whatever the environment says."""
-    _require_plain_archive(path)
+def load_checkpoint(path: Path, *, older_form: bool = False) -> Any:
+    """The unpickled content, or DataError; executes nothing the file says, whatever the environment says.
+
+    Args:
+        path: of the file.
+        older_form: also read what torch < 1.6 wrote (no zip; a list of its instructions cannot be taken beforehand).
+    """
+    zipped = not older_form or zipfile.is_zipfile(path)
+    if zipped:
+        _require_plain_archive(path)
     try:
         with _namespace_only():
             # Written out: an explicit weights_only cannot be overridden by TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD.
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # the unpickler raises whatever a broken stream makes it raise
         raise DataError(
             f"{path}: refused by torch.load(weights_only=True)", found=_shortened(error), expected="tensors and dicts"

@@ -156,17 +156,18 @@ def write_text_atomic(path: str | Path, text: str) -> None:
     Raises:
         StorageError: there is no room (the bytes needed are named), or the place cannot be written.
     """
-    with atomic_file(path, len(text.encode())) as temporary:
+    with atomic_file(path, expected_bytes=len(text.encode())) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager
-def atomic_file(path: str | Path, size: int = 0) -> Iterator[Path]:
-    """A temporary name to write a file under; it becomes `path` when the block ends without an error.
+def atomic_file(path: str | Path, expected_bytes: int = 0, durable: bool = True) -> Iterator[Path]:
+    """A temporary path to write a file to; it becomes `path` when the block ends without an error.
 
     Args:
-        path: where the file shall be; missing parents are made.
-        size: its bytes, as far as they are known, for the message when there is no room.
+        path: where the file shall be; missing parents are made, a file there is replaced.
+        expected_bytes: what is about to be written, for the message when there is no room.
+        durable: wait for the disk, so that the file outlives the machine's death; False for what can be made again.
 
     Raises:
         StorageError: there is no room (the bytes needed are named), or the place cannot be written.
@@ -177,16 +178,18 @@ def atomic_file(path: str | Path, size: int = 0) -> Iterator[Path]:
         _make_parents(path)
         _step("write")
         yield temporary
-        _sync(temporary)
+        if durable:
+            _sync(temporary)
         _step("replace")
         temporary.replace(path)
-        _sync(path.parent)
+        if durable:
+            _sync(path.parent)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         code = _error_number(error)
         if code is None:
             raise
-        raise _explained(error, code, path, size) from error
+        raise _explained(error, code, path, expected_bytes) from error
 
 
 def require_room(path: str | Path, needed: int) -> None:

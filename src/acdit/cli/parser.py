@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 
 AddCommand = Callable[..., argparse.ArgumentParser]
@@ -21,6 +22,22 @@ def positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not positive")
+    return value
+
+
+def finite(text: str) -> float:
+    """A number that is one, as argparse wants its types."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+    return value
+
+
+def seed(text: str) -> int:
+    """A seed that torch's generators take with room for the samples' own, as argparse wants its types."""
+    value = int(text)
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"{value} is not in 0 … 2^63 - 1")
     return value
 
 

@@ -4,58 +4,60 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from pathlib import Path
 from typing import Any
 
+from acdit.cli.models import add_sampling_options, asked_labels, averaging_of, load_pipeline
 from acdit.cli.parser import AddCommand, positive, version
-
-SOLVERS = {
-    "dpm++": "DPMSolverMultistepScheduler",
-    "unipc": "UniPCMultistepScheduler",
-    "ddim": "DDIMScheduler",
-    "ddpm": "DDPMScheduler",
-    "euler": "EulerDiscreteScheduler",
-    "flow-euler": "FlowMatchEulerDiscreteScheduler",
-}
-FLOW_SOLVERS = ("dpm++", "unipc", "flow-euler")
-DTYPES = ("fp32", "bf16", "fp16", "fp64")
 
 
 def add(command: AddCommand) -> None:
     """Declare the command's options."""
     made = command(
-        "sample", _sample, "Draw pictures with a trained model.",
-        "acdit sample runs/demo/model --labels 0 1 2 3 --steps 25 --guidance-scale 1.5 --seed 0 --output out/",
+        "sample", _sample, "Draw pictures with a trained model: a few, or with --num-samples as many as FID wants.",
+        "acdit sample runs/demo/model --labels 0 1 2 3 --steps 25 --guidance-scale 1.5 --seed 0 --output out/\n"
+        "  torchrun --nproc-per-node 8 -m acdit.cli sample MODEL --num-samples 50000 --npz samples.npz --output out/",
     )  # fmt: skip
     made.add_argument("model", help="folder of a saved pipeline, or a hub id")
-    made.add_argument("--labels", nargs="+", metavar="LABEL", help="class indices, ranges (0-9) or class names")
+    add_sampling_options(made)
     made.add_argument("--per-label", type=positive, default=1, help="pictures a label (default 1)")
     made.add_argument("--count", type=positive, help="pictures of an unconditional model (default 1)")
-    made.add_argument("--steps", type=positive, default=25, help="solver steps a block (default 25)")
-    made.add_argument("--guidance-scale", type=float, default=1.5, help="1 is off (default 1.5)")
-    made.add_argument("--solver", choices=sorted(SOLVERS), help="default: the one saved with the model")
-    made.add_argument("--seed", type=int, default=0, help="picture i gets seed + i (default 0)")
-    made.add_argument("--batch-size", type=positive, default=64, help="pictures at once (default 64)")
-    made.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the weights (default fp32)")
-    made.add_argument("--device", help="default: cuda where there is one")
-    made.add_argument("--vae", metavar="PATH", help="autoencoder to decode with, for a model saved without its own")
-    made.add_argument("--vae-tiling", action="store_true", help="decode large pictures in tiles: less memory")
-    made.add_argument("--vae-slicing", action="store_true", help="decode picture by picture: less memory")
     made.add_argument("--prefix-image", metavar="FILE", help="a picture whose first blocks are kept")
     made.add_argument("--prefix-blocks", type=positive, help="how many of them")
+    made.add_argument(
+        "--num-samples", type=positive, metavar="N",
+        help="draw N pictures in parts that are kept (go on after a kill by the same command), over all processes of "
+        "torchrun; labels take turns, without --labels all classes",
+    )  # fmt: skip
+    made.add_argument("--npz", metavar="FILE", help="with --num-samples: write ADM's form (arr_0) instead of PNGs")
+    made.add_argument("--png", action="store_true", help="with --npz: PNGs as well")
+    made.add_argument("--chunk-size", type=positive, default=256, help="pictures a kept part (default 256)")
     made.add_argument("--output", default="out", help="folder for PNGs, grid.png and settings.json (default out)")
 
 
 def _sample(options: argparse.Namespace) -> None:
+    from acdit.errors import ConfigError
+
+    if options.num_samples is not None:
+        _sample_many(options)
+        return
+    if options.npz or options.png:
+        raise ConfigError("--npz" if options.npz else "--png", found="no --num-samples", expected="both")
+    _sample_few(options)
+
+
+def _sample_few(options: argparse.Namespace) -> None:
     import torch
 
     from acdit import pictures
     from acdit.errors import ConfigError
 
-    pipeline = _load_pipeline(options)
-    labels = _labels(options, pipeline)
+    pipeline = load_pipeline(options)
+    asked = asked_labels(options, pipeline, default="first")
+    labels = None if asked is None else [index for index in asked for _ in range(options.per_label)]
     prefix = _prefix(options, pipeline)
+    if labels is not None and options.count is not None:
+        raise ConfigError("--count", found="a model of classes", expected="--labels and --per-label")
     total = len(labels) if labels is not None else options.count or 1
     output = Path(options.output)
     output.mkdir(parents=True, exist_ok=True)
@@ -84,85 +86,62 @@ def _sample(options: argparse.Namespace) -> None:
         picture.save(output / f"{index:05d}{label}-seed-{options.seed + index}.png")
     columns = options.per_label if options.per_label > 1 else min(8, total)
     pictures.image_grid(images, columns=columns).save(output / "grid.png")
-    settings = {key: value for key, value in vars(options).items() if key not in ("run", "debug", "verbose", "command")}
-    settings |= {"labels": labels, "solver": type(pipeline.scheduler).__name__, "acdit": version()}
+    settings = _typed(options) | {"labels": labels, "solver": type(pipeline.scheduler).__name__, "acdit": version()}
     (output / "settings.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     print(f"{total} pictures in {output}; all of them: {output / 'grid.png'}")
 
 
-def _load_pipeline(options: argparse.Namespace) -> Any:
-    import diffusers
-    import torch
-
-    from acdit import ACDiTPipeline
+def _sample_many(options: argparse.Namespace) -> None:
+    from acdit import provenance, storage
     from acdit.errors import ConfigError
+    from acdit.generation import SamplingSettings, generate, write_grid, write_npz, write_pngs
+    from acdit.processes import joined_processes
 
-    folder = Path(options.model)
-    if not (folder / "model_index.json").is_file() and (
-        folder.exists() or options.model.startswith((".", "/", "runs/"))
-    ):
-        raise ConfigError(
-            f"model {options.model}", found="no model_index.json there", expected="the folder of a saved pipeline",
-            fix="train one (make demo leaves runs/demo/model), or check the path",
+    for name in ("count", "prefix_image", "prefix_blocks"):
+        if getattr(options, name) is not None:
+            raise ConfigError(f"--{name.replace('_', '-')}", found="--num-samples as well", expected="one of them")
+    if options.per_label != 1:
+        raise ConfigError("--per-label", found="--num-samples as well", expected="one: labels take turns")
+    output = Path(options.output)
+    with joined_processes() as processes:
+        pipeline = load_pipeline(options, processes.device(options.device))
+        labels = asked_labels(options, pipeline, default="all")
+        settings = SamplingSettings(
+            options.steps, options.guidance_scale, options.seed, None if labels is None else tuple(labels)
+        )
+        store = generate(
+            pipeline, settings, output / "parts", options.num_samples, batch_size=options.batch_size,
+            chunk_size=options.chunk_size, processes=processes,
         )  # fmt: skip
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}[options.dtype]
-    try:
-        pipeline = ACDiTPipeline.from_pretrained(options.model)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0][:160]
-        raise ConfigError(
-            f"model {options.model}", found=f"no such folder, and no such model on the hub ({reason})",
-            expected="a saved ACDiTPipeline", fix="make demo leaves one in runs/demo/model",
-        ) from error  # fmt: skip
-    if options.vae is not None:
-        from acdit.codecs import load_vae
-
-        pipeline.register_modules(vae=load_vae(options.vae))
-    if options.vae_tiling or options.vae_slicing:
-        from acdit.codecs.autoencoders import set_memory_savers
-
-        if pipeline.vae is None:
-            raise ConfigError("--vae-tiling, --vae-slicing", found="a model without an autoencoder", expected="neither")
-        set_memory_savers(pipeline.vae, tiling=options.vae_tiling, slicing=options.vae_slicing)
-    if dtype != torch.float32:
-        pipeline.transformer.to(dtype)
-    if options.solver is not None:
-        kind = getattr(pipeline.scheduler.config, "prediction_type", None)
-        flow = kind == "flow_prediction" or type(pipeline.scheduler).__name__ == SOLVERS["flow-euler"]
-        if flow != (options.solver in FLOW_SOLVERS) and (flow or options.solver == "flow-euler"):
-            expected = ", ".join(FLOW_SOLVERS) if flow else ", ".join(sorted(set(SOLVERS) - {"flow-euler"}))
-            raise ConfigError("--solver", found=options.solver, expected=f"one that fits this model: {expected}")
-        extra = {"prediction_type": "flow_prediction", "use_flow_sigmas": True} if flow else {}
-        if options.solver == "flow-euler":
-            extra = {}
-        solver = getattr(diffusers, SOLVERS[options.solver])
-        pipeline.scheduler = solver.from_config(pipeline.scheduler.config, **extra)
-    return pipeline.to(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if options.png or not options.npz:
+            write_pngs(store, settings, output, processes)
+        if not processes.is_first:
+            return
+        record = {
+            "model": options.model,
+            "num_samples": options.num_samples,
+            **store.description,
+            "ema": averaging_of(options.model),
+            "batch_size": options.batch_size,
+            "command": provenance.command_line(),
+            "commit": provenance.commit(),
+            "versions": provenance.versions(),
+        }
+        if options.npz:
+            write_npz(store, options.npz, record, settings.labels_of(0, options.num_samples))
+        write_grid(store, output / "grid.png")
+        storage.write_json_atomic(output / "settings.json", record)
+    made = [*([options.npz] if options.npz else []), *([str(output)] if options.png or not options.npz else [])]
+    print(
+        f"{options.num_samples} pictures in {' and '.join(made)}; the first of them: {output / 'grid.png'}; "
+        f"{output / 'parts'} may be removed"
+    )
 
 
-def _labels(options: argparse.Namespace, pipeline: Any) -> list[int] | None:
-    """Every asked label `per_label` times; checked before anything runs."""
-    from acdit.errors import ConfigError
-
-    classes = pipeline.transformer.config.num_classes
-    if classes is None:
-        if options.labels:
-            raise ConfigError("--labels", found=" ".join(options.labels), expected="none: this model is unconditional")
-        return None
-    asked = options.labels or [f"0-{min(classes, 10) - 1}"]
-    indices: list[int] = []
-    for text in asked:
-        span = re.fullmatch(r"(\d+)-(\d+)", text)
-        if span:
-            indices += range(int(span[1]), int(span[2]) + 1)
-        elif re.fullmatch(r"-?\d+", text):
-            indices.append(int(text))
-        else:
-            indices += pipeline.get_label_ids(text)
-    wrong = [index for index in indices if not 0 <= index < classes]
-    if wrong:
-        raise ConfigError("--labels", found=str(wrong[0]), expected=f"0 … {classes - 1}, the classes of this model")
-    return [index for index in indices for _ in range(options.per_label)]
+def _typed(options: argparse.Namespace) -> dict[str, Any]:
+    """The options of the command as they were typed."""
+    ours = ("run", "debug", "verbose", "command", "num_samples", "npz", "png", "chunk_size")
+    return {key: value for key, value in vars(options).items() if key not in ours}
 
 
 def _prefix(options: argparse.Namespace, pipeline: Any) -> Any:

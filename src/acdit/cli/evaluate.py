@@ -1,0 +1,212 @@
+"""acdit evaluate"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from acdit.cli.models import add_sampling_options, asked_labels, averaging_of, load_pipeline
+from acdit.cli.parser import AddCommand, positive
+
+_RECORDED = (
+    "seed",
+    "solver",
+    "num_inference_steps",
+    "guidance_scale",
+    "labels",
+    "dtype",
+    "model",
+    "model_sha256",
+    "ema",
+)
+
+
+def add(command: AddCommand) -> None:
+    """Declare the command's options."""
+    made = command(
+        "evaluate", _evaluate, "FID, sFID, Inception Score, precision and recall of pictures, or of a model's samples.",
+        "acdit evaluate samples.npz --reference VIRTUAL_imagenet256_labeled.npz --extractor inception "
+        "--weights inception-2015-12-05.pt --output metrics.json\n"
+        "  acdit evaluate runs/demo/model --reference digits:held_out --extractor digits-classifier --num-samples 500\n"
+        "  acdit evaluate --self-test",
+    )  # fmt: skip
+    made.add_argument("samples", nargs="?", help="folder or zip of pictures, .npz with arr_0, or a model's folder")
+    made.add_argument(
+        "--reference", "--data", metavar="REF",
+        help="folder or zip of pictures, digits:train, digits:held_out, or ADM's .npz (arr_0, or mu, sigma, …)",
+    )  # fmt: skip
+    made.add_argument("--extractor", help="inception, digits-classifier, pixels, or module:factory of your own")
+    made.add_argument("--weights", metavar="FILE", help="of the FID Inception: a state dict, or a TorchScript archive")
+    made.add_argument(
+        "--preprocessing", choices=("pytorch-fid", "tensorflow"), help="resize and scaling before Inception"
+    )
+    made.add_argument("--output", default="metrics.json", metavar="FILE", help="the result file (default metrics.json)")
+    made.add_argument("--work", metavar="DIR", help="where parts are kept for a second start (default: <output>.work)")
+    made.add_argument("--size", type=positive, help="resize and crop reference pictures that are files, as ADM does")
+    made.add_argument(
+        "--num-samples", type=positive, help="of a model: how many to draw (default 50000); else: use only"
+    )
+    made.add_argument("--chunk-size", type=positive, default=500, help="pictures a kept part (default 500)")
+    made.add_argument(
+        "--sweep", action="append", default=[], metavar="KEY=V,V",
+        help="of a model: guidance_scale=1.0,1.5 or num_inference_steps=10,25; twice: a grid; draws a plot as well",
+    )  # fmt: skip
+    made.add_argument("--self-test", action="store_true", help="is the evaluation sane? On the built-in digits")
+    add_sampling_options(made)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from acdit.errors import ConfigError
+    from acdit.evaluation.extractors import ExtractorOptions, build_extractor
+    from acdit.evaluation.sweep import parse_axes, require_matplotlib
+    from acdit.processes import joined_processes
+
+    axes = parse_axes(options.sweep)
+    if axes:
+        require_matplotlib()
+    if not options.self_test:
+        for what, value in (("SAMPLES", options.samples), ("--reference", options.reference)):
+            if value is None:
+                raise ConfigError(what, found="nothing", expected="what to measure, and what to compare it with")
+    name = options.extractor or ("digits-classifier" if options.self_test else None)
+    if name is None:
+        raise ConfigError(
+            "--extractor", found="nothing", expected="inception (with --weights), digits-classifier, pixels, …",
+            fix="a figure means something only together with its extractor",
+        )  # fmt: skip
+    with joined_processes() as processes:
+        extractor = build_extractor(name, ExtractorOptions(options.weights, options.preprocessing))
+        if options.self_test:
+            if processes.is_first:
+                _self_test(options, extractor, processes)
+            return
+        _measure(options, axes, extractor, processes)
+
+
+def _measure(options: argparse.Namespace, axes: list[Any], extractor: Any, processes: Any) -> None:
+    from acdit import storage
+    from acdit.errors import ConfigError
+    from acdit.evaluation.image_sets import open_images
+    from acdit.evaluation.measure import PROTOCOL, Evaluator
+    from acdit.evaluation.reference import open_reference
+    from acdit.evaluation.sweep import plot_sweep
+
+    started = time.perf_counter()
+    output = Path(options.output)
+    work = Path(options.work) if options.work else output.with_name(output.name + ".work")
+    evaluator = Evaluator(
+        extractor, open_reference(options.reference, extractor.channels, options.size), work,
+        batch_size=options.batch_size, chunk_size=options.chunk_size, processes=processes,
+        device=processes.device(options.device),
+    )  # fmt: skip
+    if _is_model(options.samples):
+        results = _measure_model(options, axes, evaluator, work)
+    elif axes:
+        raise ConfigError("--sweep", found=f"{options.samples}, which is no model", expected="a model's folder")
+    else:
+        images = open_images(options.samples, extractor.channels)
+        figures = evaluator.measure(images, options.num_samples)
+        results = [{**figures, **_recorded(images.settings or {})}]
+    if not processes.is_first:
+        return
+    common = {
+        "samples": options.samples,
+        "reference": evaluator.reference.describe(),
+        "extractor": extractor.describe(),
+        "protocol": PROTOCOL,
+        **_provenance(),
+        "processes": processes.size,
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+    if not axes:
+        storage.write_json_atomic(output, {**results[0], **common})
+        print(_summary(results[0]) + f"; see {output} (parts in {work} may be removed)")
+        return
+    swept = {axis.key: list(axis.values) for axis in axes}
+    storage.write_json_atomic(output, {"sweep": swept, "results": results, **common})
+    plot = output.with_suffix(".png")
+    plot_sweep(
+        axes, results, f"{Path(options.samples).name}, {extractor.name}, {results[0]['num_samples']} samples", plot
+    )
+    for row in results:
+        print(", ".join(f"{axis.key} {row[axis.key]:g}" for axis in axes) + ": " + _summary(row))
+    print(f"see {output} and {plot} (parts in {work} may be removed)")
+
+
+def _measure_model(options: argparse.Namespace, axes: list[Any], evaluator: Any, work: Path) -> list[dict[str, Any]]:
+    from acdit.evaluation.image_sets import stored_images
+    from acdit.evaluation.sweep import combinations
+    from acdit.generation import SamplingSettings, describe_sampling, generate
+
+    options.model = options.samples
+    processes = evaluator.processes
+    pipeline = load_pipeline(options, processes.device(options.device))
+    labels = asked_labels(options, pipeline, default="all")
+    plain = SamplingSettings(
+        options.steps, options.guidance_scale, options.seed, None if labels is None else tuple(labels)
+    )
+    averaging = averaging_of(options.model)
+    results = []
+    for point in combinations(axes):
+        settings = dataclasses.replace(plain, **point)  # type: ignore[arg-type]
+        description = describe_sampling(pipeline, settings)
+        key = hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:16]
+        store = generate(
+            pipeline, settings, work / f"samples-{key}", options.num_samples or 50_000, batch_size=options.batch_size,
+            chunk_size=options.chunk_size, processes=processes,
+        )  # fmt: skip
+        figures = evaluator.measure(stored_images(store, evaluator.extractor.channels))
+        recorded = _recorded({**description, "model": options.model, "ema": averaging})
+        results.append({**figures, **recorded, **point})
+    return results
+
+
+def _self_test(options: argparse.Namespace, extractor: Any, processes: Any) -> None:
+    from acdit import storage
+    from acdit.evaluation.self_test import self_test
+
+    with tempfile.TemporaryDirectory() as work:
+        result = self_test(extractor, work, processes.device(options.device))
+    print(f"real against real        {_summary(result['real_against_real'])}")
+    print(f"held-out against real    {_summary(result['held_out_against_real'])}")
+    for row in result["noise"]:
+        print(f"noise {row['level']:<5g}              {_summary(row)}")
+    storage.write_json_atomic(options.output, {**result, "extractor": extractor.describe(), **_provenance()})
+    print(f"sane: zero at no noise, growing with it; see {options.output}")
+
+
+def _is_model(samples: str) -> bool:
+    path = Path(samples)
+    if (path / "model_index.json").is_file():
+        return True
+    return not path.exists() and not samples.startswith("digits:") and path.suffix.lower() not in (".npz", ".zip")
+
+
+def _recorded(settings: dict[str, Any]) -> dict[str, Any]:
+    """How the samples were drawn; null where nothing beside them tells."""
+    if "steps" in settings:  # `acdit sample` of a few pictures
+        settings = {**settings, "num_inference_steps": settings["steps"]}
+    return {name: settings.get(name) for name in _RECORDED}
+
+
+def _provenance() -> dict[str, Any]:
+    from acdit import provenance
+
+    return {
+        "command": provenance.command_line(),
+        "commit": provenance.commit(),
+        "versions": provenance.versions(),
+        "machine": provenance.machine(),
+    }
+
+
+def _summary(figures: dict[str, Any]) -> str:
+    names = {"fid": "FID", "sfid": "sFID", "inception_score": "IS", "precision": "precision", "recall": "recall"}
+    told = [f"{text} {figures[name]:.4g}" for name, text in names.items() if figures[name] is not None]
+    return ", ".join(told) + f" ({figures['num_samples']} samples)"

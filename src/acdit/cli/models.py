@@ -1,0 +1,175 @@
+"""What the commands that draw pictures share: their options, and the model, solver and labels that these name."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+from typing import Any
+
+from acdit.cli.parser import finite, positive, seed
+
+SOLVERS = {
+    "dpm++": "DPMSolverMultistepScheduler",
+    "unipc": "UniPCMultistepScheduler",
+    "ddim": "DDIMScheduler",
+    "ddpm": "DDPMScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "flow-euler": "FlowMatchEulerDiscreteScheduler",
+}
+FLOW_SOLVERS = ("dpm++", "unipc", "flow-euler")
+DTYPES = ("fp32", "bf16", "fp16", "fp64")
+
+
+def add_sampling_options(made: argparse.ArgumentParser) -> None:
+    """Declare what a picture depends on."""
+    made.add_argument("--labels", nargs="+", metavar="LABEL", help="class indices, ranges (0-9) or class names")
+    made.add_argument("--steps", type=positive, default=25, help="solver steps a block (default 25)")
+    made.add_argument("--guidance-scale", type=finite, default=1.5, help="1 is off (default 1.5)")
+    made.add_argument("--solver", choices=sorted(SOLVERS), help="default: the one saved with the model")
+    made.add_argument("--seed", type=seed, default=0, help="picture i gets seed + i (default 0)")
+    made.add_argument("--batch-size", type=positive, default=64, help="pictures at once (default 64)")
+    made.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the weights (default fp32)")
+    made.add_argument("--device", help="default: cuda where there is one")
+    made.add_argument("--vae", metavar="PATH", help="autoencoder to decode with, for a model saved without its own")
+    made.add_argument("--vae-tiling", action="store_true", help="decode large pictures in tiles: less memory")
+    made.add_argument("--vae-slicing", action="store_true", help="decode picture by picture: less memory")
+
+
+def load_pipeline(options: argparse.Namespace, device: Any = None) -> Any:
+    """The pipeline that `options.model` names, with the asked dtype and solver.
+
+    Raises:
+        ConfigError: no such model or device, or a solver of another kind than the model was trained for.
+        StorageError: the folder is damaged.
+    """
+    import diffusers
+    import torch
+
+    from acdit import ACDiTPipeline
+    from acdit.errors import ConfigError, StorageError
+
+    folder = Path(options.model)
+    _require_whole(folder, options.model)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}[options.dtype]
+    chosen = _device(device or options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        pipeline = ACDiTPipeline.from_pretrained(options.model)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0][:160]
+        if folder.exists():
+            raise StorageError(f"model {options.model}", found=reason, expected="a saved ACDiTPipeline") from error
+        raise ConfigError(
+            f"model {options.model}", found=f"no such folder, and no such model on the hub ({reason})",
+            expected="a saved ACDiTPipeline", fix="make demo leaves one in runs/demo/model",
+        ) from error  # fmt: skip
+    if options.vae is not None:
+        from acdit.codecs import load_vae
+
+        pipeline.register_modules(vae=load_vae(options.vae))
+    if options.vae_tiling or options.vae_slicing:
+        from acdit.codecs.autoencoders import set_memory_savers
+
+        if pipeline.vae is None:
+            raise ConfigError("--vae-tiling, --vae-slicing", found="a model without an autoencoder", expected="neither")
+        set_memory_savers(pipeline.vae, tiling=options.vae_tiling, slicing=options.vae_slicing)
+    if dtype != torch.float32:
+        pipeline.transformer.to(dtype)
+    if options.solver is not None:
+        kind = getattr(pipeline.scheduler.config, "prediction_type", None)
+        flow = kind == "flow_prediction" or type(pipeline.scheduler).__name__ == SOLVERS["flow-euler"]
+        if flow != (options.solver in FLOW_SOLVERS) and (flow or options.solver == "flow-euler"):
+            expected = ", ".join(FLOW_SOLVERS) if flow else ", ".join(sorted(set(SOLVERS) - {"flow-euler"}))
+            raise ConfigError("--solver", found=options.solver, expected=f"one that fits this model: {expected}")
+        extra = {"prediction_type": "flow_prediction", "use_flow_sigmas": True} if flow else {}
+        if options.solver == "flow-euler":
+            extra = {}
+        if options.solver in ("ddim", "ddpm"):
+            extra = {"clip_sample": False}  # their default clips the clean data to ±1: latents are not in there
+        solver = getattr(diffusers, SOLVERS[options.solver])
+        pipeline.scheduler = solver.from_config(pipeline.scheduler.config, **extra)
+    trained = getattr(pipeline.scheduler.config, "num_train_timesteps", None)
+    if trained is not None and options.steps > trained:
+        raise ConfigError("--steps", found=str(options.steps), expected=f"at most {trained}, the steps of the training")
+    return pipeline.to(chosen)
+
+
+def _require_whole(folder: Path, named: str) -> None:
+    """A folder that is there must be a pipeline's, and undamaged where its manifest can tell."""
+    from acdit import storage
+    from acdit.errors import ConfigError
+
+    if not (folder / "model_index.json").is_file() and (folder.exists() or named.startswith((".", "/", "runs/"))):
+        raise ConfigError(
+            f"model {named}", found="no model_index.json there", expected="the folder of a saved pipeline",
+            fix="train one (make demo leaves runs/demo/model), or check the path",
+        )  # fmt: skip
+    if storage.is_committed(folder):
+        storage.verify(folder)
+
+
+def _device(wanted: Any) -> Any:
+    import torch
+
+    from acdit.errors import ConfigError
+
+    try:
+        device = torch.device(wanted)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            "--device", found=str(wanted), expected="cpu, cuda or another that torch has here",
+            fix=str(error).splitlines()[0][:120],
+        ) from None  # fmt: skip
+    return device
+
+
+def asked_labels(options: argparse.Namespace, pipeline: Any, default: str) -> list[int] | None:
+    """The labels asked for, checked before anything runs; None for an unconditional model.
+
+    Args:
+        options: with `labels`.
+        pipeline: of the model.
+        default: what no labels mean: "all" classes or the "first" ten.
+
+    Raises:
+        ConfigError: labels the model does not have.
+    """
+    from acdit.errors import ConfigError
+
+    classes = pipeline.transformer.config.num_classes
+    if classes is None:
+        if options.labels:
+            raise ConfigError("--labels", found=" ".join(options.labels), expected="none: this model is unconditional")
+        return None
+    asked = options.labels or [f"0-{(classes if default == 'all' else min(classes, 10)) - 1}"]
+    indices: list[int] = []
+    for text in asked:
+        span = re.fullmatch(r"(\d+)-(\d+)", text)
+        if span:
+            indices += range(int(span[1]), int(span[2]) + 1)
+        elif re.fullmatch(r"-?\d+", text):
+            indices.append(int(text))
+        else:
+            indices += pipeline.get_label_ids(text)
+    wrong = [index for index in indices if not 0 <= index < classes]
+    if wrong:
+        raise ConfigError("--labels", found=str(wrong[0]), expected=f"0 … {classes - 1}, the classes of this model")
+    if not indices:
+        raise ConfigError("--labels", found=" ".join(asked), expected="ranges that go up, like 0-9")
+    return indices
+
+
+def averaging_of(model: str) -> dict[str, Any]:
+    """Which average of the weights a model folder holds, as far as its run's recipe tells."""
+    from acdit.errors import AcditError
+    from acdit.recipe import load_recipe
+
+    recipe_file = Path(model).parent / "recipe.yaml"
+    if not recipe_file.is_file():
+        return {"decay": None, "source": "unknown: no recipe.yaml beside the model folder"}
+    try:
+        decays = load_recipe(str(recipe_file)).ema.decays
+    except AcditError as error:
+        return {"decay": None, "source": f"unknown: {error}"}
+    return {"decay": decays[0] if decays else None, "source": "ema.decays of recipe.yaml beside the model folder"}

@@ -1,0 +1,196 @@
+"""Pictures → features: a registry of extractors by name. A figure means something only together with its extractor."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from acdit.errors import ConfigError
+from acdit.evaluation.inception import PREPROCESSINGS, Features
+from acdit.evaluation.weight_files import FORMS, is_torchscript, load_inception
+from acdit.provenance import weights_sha256
+
+PIXELS_EDGE = 32
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """A function of pictures, and what a result file says about it.
+
+    Args:
+        name: as registered.
+        channels: 1 or 3: what pictures are converted to before they are handed over.
+        function: uint8 (B, C, H, W) on the extractor's device → `Features`.
+        network: its weights, hashed and moved to the device; None: it has none.
+        weights: the file they came from.
+        preprocessing: in words.
+    """
+
+    name: str
+    channels: int
+    function: Callable[[Tensor], Features]
+    network: nn.Module | None = None
+    weights: str | None = None
+    preprocessing: str | None = None
+
+    def __call__(self, pixels: Tensor) -> Features:
+        # TF32 would move features in the third digit, differently on each card.
+        with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+            return self.function(pixels)
+
+    def to(self, device: torch.device) -> Extractor:
+        """Move the weights."""
+        if self.network is not None:
+            self.network.to(device)
+        return self
+
+    def describe(self) -> dict[str, str | None]:
+        """For the result file; equal descriptions give equal features."""
+        return {
+            "name": self.name,
+            "weights": None if self.weights is None else Path(self.weights).name,
+            "weights_sha256": None if self.network is None else weights_sha256(self.network),
+            "preprocessing": self.preprocessing,
+        }
+
+
+@dataclass(frozen=True)
+class ExtractorOptions:
+    """What the command line says besides the name."""
+
+    weights: str | None = None
+    preprocessing: str | None = None
+
+
+Factory = Callable[[ExtractorOptions], Extractor]
+_FACTORIES: dict[str, Factory] = {}
+_ZOO = re.compile(
+    r"^(hf[-_]hub:|timm|https?:)|/|^(inception_v3|tv_|tf_|dino|clip|vit|resnet|convnext|swin|efficientnet|mae|sscd)",
+    re.I,
+)
+
+
+def register_extractor(name: str) -> Callable[[Factory], Factory]:
+    """Decorator: make an extractor available under a name.
+
+    Args:
+        name: for `--extractor` and result files.
+
+    Raises:
+        ConfigError: the name is taken.
+    """
+
+    def register(factory: Factory) -> Factory:
+        if name in _FACTORIES:
+            raise ConfigError(f"extractor {name!r}", found="one of this name", expected="a name that is free")
+        _FACTORIES[name] = factory
+        return factory
+
+    return register
+
+
+def extractor_names() -> list[str]:
+    """All registered names."""
+    return sorted(_FACTORIES)
+
+
+def build_extractor(name: str, options: ExtractorOptions | None = None) -> Extractor:
+    """Make a registered extractor, or one of your own: "module:factory" imports the module and calls the factory.
+
+    Raises:
+        ConfigError: an unknown name; a model zoo's id is refused with the reason; options it has no use for.
+        DataError: its weights cannot be used.
+    """
+    options = options or ExtractorOptions()
+    if name in _FACTORIES:
+        return _FACTORIES[name](options)
+    if _ZOO.search(name):
+        raise ConfigError(
+            f"--extractor {name}", found="an id of a model hub or zoo (timm-style)",
+            expected=f"one of {', '.join(extractor_names())}",
+            fix="a zoo's Inception v3 has other weights and preprocessing than FID's network of 2015-12-05, so its "
+            "figures compare with no published FID: --extractor inception --weights FILE",
+        )  # fmt: skip
+    module, colon, attribute = name.partition(":")
+    if colon:
+        return _own(name, module, attribute)(options)
+    raise ConfigError(
+        f"--extractor {name}", found="an unknown name",
+        expected=f"one of {', '.join(extractor_names())}, or module:factory of your own",
+    )  # fmt: skip
+
+
+def _own(name: str, module: str, attribute: str) -> Factory:
+    try:
+        factory: Factory = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"--extractor {name}", found=str(error), expected="a module with that function") from None
+    return factory
+
+
+@register_extractor("inception")
+def _inception(options: ExtractorOptions) -> Extractor:
+    if options.weights is None:
+        raise ConfigError(
+            "--weights",
+            found="nothing",
+            expected=FORMS,
+            fix="--extractor inception --weights FILE (never fetched here)",
+        )
+    scripted = Path(options.weights).is_file() and is_torchscript(Path(options.weights))
+    preprocessing = options.preprocessing or ("tensorflow" if scripted else "pytorch-fid")
+    if preprocessing not in PREPROCESSINGS:
+        raise ConfigError("--preprocessing", found=preprocessing, expected=f"one of {', '.join(PREPROCESSINGS)}")
+    network = load_inception(options.weights, preprocessing)
+    return Extractor("inception", 3, network, network, options.weights, f"{preprocessing}, 299×299")
+
+
+@register_extractor("digits-classifier")
+def _digits_classifier(options: ExtractorOptions) -> Extractor:
+    """The judge of the demo: a small classifier, trained now on the built-in digits (seconds)."""
+    from acdit.data import DigitsDataset
+    from acdit.evaluation.classifier import train_classifier
+
+    _refuse_options("digits-classifier", options)
+    train, held_out = DigitsDataset("train"), DigitsDataset("held_out")
+    classifier, _ = train_classifier(train.images, train.labels, held_out.images, held_out.labels)
+
+    def features(pixels: Tensor) -> Features:
+        if tuple(pixels.shape[1:]) != train.shape:
+            raise ConfigError(
+                "--extractor digits-classifier", found=f"pictures of shape {tuple(pixels.shape[1:])}",
+                expected=f"{train.shape}, as the built-in digits are", fix="--extractor pixels, or inception",
+            )  # fmt: skip
+        pooled = classifier.features(pixels)
+        return Features(pooled, probabilities=classifier.head(pooled).softmax(dim=1))
+
+    return Extractor("digits-classifier", 1, features, classifier, None, "as trained: values −1 … 1")
+
+
+@register_extractor("pixels")
+def _pixels(options: ExtractorOptions) -> Extractor:
+    """No network: pixel values, of pictures larger than 32 × 32 their means over cells."""
+    _refuse_options("pixels", options)
+
+    def features(pixels: Tensor) -> Features:
+        values = pixels.float() / 255
+        if max(values.shape[2:]) > PIXELS_EDGE:
+            values = F.adaptive_avg_pool2d(values, PIXELS_EDGE)
+        return Features(values.flatten(1))
+
+    return Extractor("pixels", 3, features, preprocessing=f"values in [0, 1], at most {PIXELS_EDGE}×{PIXELS_EDGE}")
+
+
+def _refuse_options(name: str, options: ExtractorOptions) -> None:
+    for option in ("weights", "preprocessing"):
+        if getattr(options, option) is not None:
+            raise ConfigError(
+                f"--{option}", found=f"--extractor {name}", expected="none: only inception has a use for it"
+            )
