@@ -120,6 +120,6 @@ def _parser() -> argparse.ArgumentParser:
         made.set_defaults(run=run)
         return made
 
-    for module in (train, data, encode, evaluate, plan, sample, evaluate, convert, demo, recipes):
+    for module in (train, data, encode, plan, sample, evaluate, convert, demo, recipes):
         module.add(command)
     return parser
