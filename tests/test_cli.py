@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
-from acdit import cli
+from acdit import ACDiTTransformer, cli
 from acdit.cli import main
+from acdit.cli.models import load_pipeline
 from tests.training.runs import run, tiny_recipe
 
 
@@ -135,6 +139,12 @@ WRONG: dict[str, tuple[list[str], int, str]] = {
     "solver": (["--solver", "flow-euler"], 2, "fits this model"),
     "blocks without picture": (["--prefix-blocks", "1"], 2, "--prefix-image"),
     "too many blocks": (["--prefix-image", "x.png", "--prefix-blocks", "4"], 2, "1 … 3"),
+    "guidance that is no number": (["--guidance-scale", "nan"], 2, "finite"),
+    "a range upside down": (["--labels", "9-0"], 2, "--labels"),
+    "no such device": (["--device", "foo"], 2, "--device"),
+    "a seed too large": (["--seed", "9" * 20], 2, "2^63"),
+    "more steps than trained": (["--steps", "5000"], 2, "at most 1000"),
+    "count beside labels": (["--labels", "0", "--count", "3"], 2, "--count"),
     "no such picture": (["--prefix-image", "x.png", "--prefix-blocks", "1"], 3, "x.png"),
 }
 
@@ -142,7 +152,11 @@ WRONG: dict[str, tuple[list[str], int, str]] = {
 @pytest.mark.parametrize("name", WRONG)
 def test_mistakes_in_sampling(model: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     arguments, code, part = WRONG[name]
-    assert main(["sample", str(model), "--output", str(tmp_path / "out"), *arguments]) == code
+    try:
+        found = main(["sample", str(model), "--output", str(tmp_path / "out"), *arguments])
+    except SystemExit as ended:  # argparse's own refusal
+        found = ended.code
+    assert found == code
     errors = capsys.readouterr().err
     assert part in errors
     assert "Traceback" not in errors
@@ -152,6 +166,60 @@ def test_mistakes_in_sampling(model: Path, tmp_path: Path, name: str, capsys: py
 def test_a_folder_without_a_model_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sample", str(tmp_path)]) == 2
     assert "model_index.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", ["a bit", "a cut", "config", "gone"])
+def test_a_damaged_model_is_named_as_such(
+    model: Path, tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = Path(shutil.copytree(model, tmp_path / "model"))
+    weights = copy / "transformer" / "diffusion_pytorch_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    if damage == "a bit":
+        content[-7] ^= 1
+        weights.write_bytes(content)
+    elif damage == "a cut":
+        weights.write_bytes(content[:-9])
+    elif damage == "config":
+        (copy / "transformer" / "config.json").write_text("{")
+    else:
+        weights.unlink()
+    assert main(["sample", str(copy), "--output", str(tmp_path / "out")]) == 5
+    errors = capsys.readouterr().err
+    assert ("config.json" if damage == "config" else weights.name) in errors
+    assert "hub" not in errors
+
+
+def test_no_pickle_is_read_by_accident(model: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(model / "transformer", tmp_path / "transformer"))
+    weights = folder / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(weights), folder / "diffusion_pytorch_model.bin")
+    weights.unlink()
+    with pytest.raises(OSError, match="safetensors"):
+        ACDiTTransformer.from_pretrained(folder)
+
+
+def test_a_full_disk_is_no_bug(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def full(_: object) -> None:
+        raise OSError(28, "No space left on device", "runs/x/log.jsonl")
+
+    monkeypatch.setattr(cli.recipes, "_recipes", full)
+    assert main(["recipes"]) == 5
+    errors = capsys.readouterr().err
+    assert "runs/x/log.jsonl" in errors
+    assert "bug" not in errors
+
+
+def test_an_output_that_is_a_file_is_no_bug(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(["train", "digits", "train.steps=1", "--output", str(tmp_path / "file")]) == 5
+    assert "bug" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("solver", ["ddim", "ddpm"])
+def test_solvers_do_not_clip_what_is_no_picture(model: Path, solver: str) -> None:
+    options = cli._parsed(["sample", str(model), "--solver", solver])
+    assert load_pipeline(options).scheduler.config.clip_sample is False
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:

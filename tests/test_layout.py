@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -109,3 +110,10 @@ def test_layouts_are_values() -> None:
     assert hash(BlockLayout((8, 8), 4)) == hash(BlockLayout((8, 8), (4, 4)))
     with pytest.raises(AttributeError):
         BlockLayout(8, 4).grid = (4,)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("grid", [(8.7, 8), ("8", "8"), "88", 8.0, (8, None)])
+def test_sizes_are_integers_and_nothing_is_rounded_or_parsed(grid: object) -> None:
+    with pytest.raises(ConfigError, match="positive integers"):
+        BlockLayout(grid, (4, 4))
+    assert BlockLayout((np.int64(8), 8), np.int32(4)) == BlockLayout((8, 8), (4, 4))

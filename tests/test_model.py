@@ -393,3 +393,15 @@ def test_the_compiled_forward_has_no_graph_break() -> None:
     compiled(clean, noisy, timestep, labels).sample.square().sum().backward()
     for one, other in zip(expected, model.parameters(), strict=True):
         torch.testing.assert_close(other.grad, one)
+
+
+def test_a_timestep_a_sample_is_not_taken_for_one_a_block() -> None:
+    model = tiny_model()
+    clean, noisy = blocks_like(model, 2), blocks_like(model, 2)
+    with pytest.raises(ConfigError, match="timestep"):
+        model(clean, noisy, torch.tensor([1, 2, 3, 4]))
+    with pytest.raises(ConfigError, match="timestep"):
+        model(clean, noisy, torch.zeros(3, 4))
+    per_sample = model(clean, noisy, torch.tensor([100, 900])).sample
+    per_block = model(clean, noisy, torch.tensor([[100], [900]])).sample
+    assert torch.equal(per_sample, per_block)

@@ -180,3 +180,33 @@ def test_without_labels_guidance_is_off() -> None:
     unlabelled = pipeline(num_inference_steps=2, batch_size=2, generator=0, output_type="pt").images
     null = pipeline([5, 5], num_inference_steps=2, guidance_scale=1.0, generator=0, output_type="pt").images
     assert torch.equal(unlabelled, null)
+
+
+def test_labels_may_be_names_and_any_integers() -> None:
+    pipeline = make_pipeline()
+    options: dict[str, Any] = {"num_inference_steps": 2, "generator": 0, "output_type": "latent"}
+    wanted = pipeline([3], **options).images
+    for given in (3, "class 3", ["class 3"], np.int64(3), torch.tensor(3), torch.tensor([3])):
+        assert torch.equal(pipeline(given, **options).images, wanted)
+
+
+def test_a_clip_goes_back_in_as_it_came_out() -> None:
+    pipeline = make_pipeline(channels=1, grid=(4, 4, 4), block=(2, 4, 4), attention_head_dim=16)
+    options: dict[str, Any] = {"num_inference_steps": 2, "output_type": "pt"}
+    clip = pipeline([1], generator=0, **options).images
+    assert clip.shape == (1, 4, 1, 4, 4)
+    longer = pipeline([1], generator=1, prefix=clip, num_prefix_blocks=1, **options).images
+    torch.testing.assert_close(longer[:, :2], clip[:, :2], rtol=0, atol=1e-6)
+    assert (longer[:, 2:] - clip[:, 2:]).abs().max() > 1e-3
+
+
+def test_what_has_no_pixels_is_latent_only() -> None:
+    pipeline = make_pipeline(grid=(16,), block=(4,))
+    with pytest.raises(ConfigError, match="latent"):
+        pipeline([1], num_inference_steps=1)
+    assert pipeline([1], num_inference_steps=1, output_type="latent").images.shape == (1, 1, 16)
+
+
+def test_blocks_without_their_prefix_are_refused() -> None:
+    with pytest.raises(ConfigError, match="num_prefix_blocks"):
+        make_pipeline()([1], num_prefix_blocks=2)

@@ -98,6 +98,13 @@ BAD: dict[str, tuple[str, ...]] = {
     "optim={1: 2}": ("the key 1",),
     "optim.lr=[": ("invalid YAML",),
     'optim.lr="': ("invalid YAML",),
+    "optim.lr=1" + "0" * 400: ("optim.lr", "fits a float"),
+    "optim.lr=1:30": ("optim.lr", "'1:30'", "a number"),
+    "optim.batch_size=010": ("optim.batch_size", "an integer"),
+    "optim.batch_size=0x10": ("optim.batch_size", "an integer"),
+    "corruption.beta_schedule=foo": ("corruption.beta_schedule", "linear"),
+    "corruption.beta_end=2": ("corruption.beta_end", "below 1"),
+    "model.mlp_ratio=-1": ("model.mlp_ratio", "at least"),
     "model.num_layers=null": ("model.num_layers", "model.preset"),
 }
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -247,6 +249,14 @@ BAD: dict[str, tuple[dict[str, object], str]] = {
     "too few generators": ({"class_labels": [1, 2], "generator": [torch.Generator()]}, "one per sample"),
     "too few steps": ({"class_labels": [1], "num_inference_steps": [1, 2]}, "one per block"),
     "too few labels": ({"class_labels": [[1, 2]]}, "one per block"),
+    "a generator that is none": ({"class_labels": [1], "generator": "3"}, "a seed"),
+    "a seed that is no integer": ({"class_labels": [1], "generator": 3.0}, "a seed"),
+    "no steps": ({"class_labels": [1], "num_inference_steps": 0}, "at least 1"),
+    "guidance that is no number": ({"class_labels": [1], "guidance_scale": float("nan")}, "finite"),
+    "an interval upside down": ({"class_labels": [1], "guidance_interval": (700, 200)}, "low <= high"),
+    "a cache without room": ({"class_labels": [1], "cache": tiny_model().new_cache(1, 1)}, "room for 1 blocks"),
+    "another model's cache": ({"class_labels": [1], "cache": tiny_model(num_layers=3).new_cache(1)}, "new_cache"),
+    "another layout's cache": ({"class_labels": [1], "cache": tiny_model(block=(2, 2)).new_cache(1)}, "new_cache"),
 }
 
 
@@ -260,3 +270,14 @@ def test_mistakes_are_named_before_anything_runs(name: str) -> None:
 def test_an_unconditional_model_takes_no_labels() -> None:
     with pytest.raises(ConfigError, match="unconditional"):
         next(sample_blocks(tiny_model(num_classes=None), DDIMScheduler(), class_labels=[1]))
+
+
+def test_a_seed_may_be_any_integer_and_generators_any_sequence() -> None:
+    model = tiny_model()
+    options: dict[str, Any] = {"class_labels": [1, 2], "num_inference_steps": 2}
+    wanted = sample(model, DDIMScheduler(), generator=3, **options)
+    for seed in (np.int64(3), torch.tensor(3), tuple(generators_from_seed(3, 2))):
+        assert torch.equal(sample(model, DDIMScheduler(), generator=seed, **options), wanted)
+    for steps, scale in ((torch.tensor([2] * 4), np.array([1.0] * 4)), ([2] * 4, [1.0] * 4)):
+        given = {"class_labels": [1, 2], "num_inference_steps": steps, "guidance_scale": scale}
+        assert torch.equal(sample(model, DDIMScheduler(), generator=3, **given), wanted)

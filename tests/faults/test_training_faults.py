@@ -199,6 +199,57 @@ def test_a_checkpoint_that_is_not_there_is_never_a_fresh_start(tmp_path: Path, c
         Trainer(tiny_recipe(), tmp_path / "new", branch_from=copied / "checkpoint-9")
 
 
+def test_going_on_from_an_older_checkpoint_never_loses_the_new_work(tmp_path: Path) -> None:
+    """Later checkpoints of the abandoned history neither push the new ones out nor are resumed from."""
+    options = {"optim__schedule": "constant", "train__keep_checkpoints": 3}
+    run(tiny_recipe(**options), tmp_path)
+    recipe = tiny_recipe(**{**options, "train__keep_checkpoints": 1, "train__steps": 5})
+    resumed = run(recipe, tmp_path, resume="checkpoint-2")
+    assert [step for step, _ in storage.committed_checkpoints(tmp_path)] == [5]
+    aside = sorted(path.name.split("-")[2] for path in tmp_path.glob("abandoned-checkpoint-*"))
+    assert aside == ["4", "6"]
+    again = Trainer(recipe, tmp_path, resume="latest", progress=False)
+    assert again.state.step == 5
+    assert state_hash(again) == state_hash(resumed)
+
+
+def test_a_checkpoint_without_its_marker_is_warned_about_and_does_not_stop_the_run_later(
+    finished: Path, copied: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (copied / "checkpoint-6" / "manifest.json").unlink()
+    with caplog.at_level(logging.WARNING):
+        resumed = run(tiny_recipe(), copied, resume="latest")
+    assert "checkpoint-6 has no manifest.json" in caplog.text
+    storage.verify(copied / "checkpoint-6")
+    assert state_hash(resumed) == state_hash(Trainer(tiny_recipe(), finished, resume="latest", progress=False))
+
+
+IMPOSSIBLE = {
+    "labels of an unconditional model": ({"model__num_classes": None, "sampling__labels": [0]}, "sampling.labels"),
+    "a label too high": ({"sampling__labels": [10]}, "sampling.labels"),
+    "more steps than trained": (
+        {"corruption__num_train_timesteps": 20, "sampling__num_inference_steps": 25}, "num_inference_steps",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", IMPOSSIBLE)
+def test_sampling_settings_are_looked_at_before_the_first_step(name: str, tmp_path: Path) -> None:
+    options, part = IMPOSSIBLE[name]
+    with pytest.raises(ConfigError, match=part):
+        Trainer(tiny_recipe(**options), tmp_path)
+
+
+def test_a_picture_that_fails_costs_no_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Report, "samples", broken)
+    with pytest.raises(OSError, match="No space"):
+        run(tiny_recipe(train__sample_every=2), tmp_path)
+    assert [step for step, _ in storage.committed_checkpoints(tmp_path)] == [2]
+
+
 def test_a_new_run_does_not_overwrite_an_old_one(copied: Path) -> None:
     with pytest.raises(StorageError, match="--resume"):
         Trainer(tiny_recipe(), copied)

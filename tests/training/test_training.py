@@ -193,6 +193,8 @@ def test_a_run_leaves_what_the_readme_promises(tmp_path: Path) -> None:
     other = ACDiTTransformer.from_pretrained(tmp_path / "model/transformer", variant="ema-0_9")
     average = trainer.state.ema.weights(1)
     assert all(torch.equal(value, average[name]) for name, value in other.state_dict().items())
+    whole = ACDiTPipeline.from_pretrained(tmp_path / "model", variant="ema-0_9")
+    assert all(torch.equal(value, average[name]) for name, value in whole.transformer.state_dict().items())
     assert pipeline.get_label_ids("7") == [7]
 
 

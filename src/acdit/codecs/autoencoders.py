@@ -46,8 +46,8 @@ def load_vae(name: str, subfolder: str | None = None) -> Any:
         )  # fmt: skip
     if not Path(name).exists() and not _HUB_ID.fullmatch(name):
         raise ConfigError(
-            what, found="no such folder", fix="check the path",
-            expected="a folder of a saved diffusers autoencoder, or a hub id (owner/name)",
+            what, found="no such folder", expected="a folder of a saved autoencoder, or a hub id (owner/name)",
+            fix="check the path",
         )  # fmt: skip
     options = {"subfolder": subfolder} if subfolder else {}
     try:
