@@ -331,7 +331,7 @@ def test_a_label_out_of_range_is_found_before_the_first_step(tmp_path: Path, mon
     building = importlib.import_module("acdit.training.build")
     dataset = building.build_dataset(tiny_recipe().data)
     dataset.labels[17] = 10  # type: ignore[attr-defined]
-    monkeypatch.setattr(building, "build_dataset", lambda recipe: dataset)
+    monkeypatch.setattr(building, "build_dataset", lambda *_: dataset)
     with pytest.raises(DataError, match="sample 17"):
         Trainer(tiny_recipe(), tmp_path)
 
