@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from acdit.cli import convert, demo, recipes, sample, train
+from acdit.cli import consolidate, convert, demo, recipes, sample, train
 from acdit.cli.parser import EXIT_CODES, version
 
 Run = Callable[[argparse.Namespace], Any]
@@ -109,6 +109,6 @@ def _parser() -> argparse.ArgumentParser:
         made.set_defaults(run=run)
         return made
 
-    for module in (train, sample, convert, demo, recipes):
+    for module in (train, sample, consolidate, convert, demo, recipes):
         module.add(command)
     return parser

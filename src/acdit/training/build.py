@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,14 +31,19 @@ class Built:
 
     def pipeline(self) -> ACDiTPipeline:
         """The pipeline around the model as it is now: what gets published."""
-        names = {str(index): name for index, name in enumerate(self.dataset.class_names)}
-        return ACDiTPipeline(
-            self.model,
-            self.corruption.sampling_scheduler(),
-            pixel_mean=self.codec.mean,
-            pixel_std=self.codec.std,
-            id2label=names if self.recipe.model.num_classes is not None else None,
-        )
+        return assemble(self.recipe, self.model, self.dataset.class_names)
+
+
+def assemble(recipe: Recipe, model: ACDiTTransformer, class_names: Sequence[str]) -> ACDiTPipeline:
+    """The pipeline around a model that was trained by a recipe; needs no data."""
+    names = {str(index): name for index, name in enumerate(class_names)}
+    return ACDiTPipeline(
+        model,
+        _corruption(recipe).sampling_scheduler(),
+        pixel_mean=recipe.codec.mean,
+        pixel_std=recipe.codec.std,
+        id2label=names if recipe.model.num_classes is not None else None,
+    )
 
 
 def build(recipe: Recipe) -> Built:
@@ -54,8 +60,6 @@ def build(recipe: Recipe) -> Built:
     if recipe.train.precision == "fp64":
         model.double()
     _check_data(recipe, dataset, model)
-    settings = dataclasses.asdict(recipe.corruption)
-    settings.pop("copies")
     steps = recipe.train.steps
     if steps is None:
         assert recipe.train.epochs is not None  # the recipe has exactly one of the two
@@ -63,11 +67,17 @@ def build(recipe: Recipe) -> Built:
     return Built(
         recipe=recipe,
         model=model,
-        corruption=GaussianCorruption(**settings),
+        corruption=_corruption(recipe),
         codec=PixelCodec(recipe.codec.mean, recipe.codec.std),
         dataset=dataset,
         total_steps=steps,
     )
+
+
+def _corruption(recipe: Recipe) -> GaussianCorruption:
+    settings = dataclasses.asdict(recipe.corruption)
+    settings.pop("copies")
+    return GaussianCorruption(**settings)
 
 
 def build_model(recipe: ModelRecipe, seed: int = 0) -> ACDiTTransformer:
