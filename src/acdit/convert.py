@@ -95,7 +95,7 @@ def convert_reference(checkpoint: str | Path, output: str | Path, weights: str =
     transformer.load_state_dict(read.weights, assign=True)
     index = {  # what the pipeline itself writes; pipelines stand above this file
         "_class_name": "ACDiTPipeline", "_diffusers_version": diffusers.__version__, "id2label": None,
-        "pixel_mean": 0.5, "pixel_std": 0.5, "vae": [None, None],
+        "pixel_mean": 0.5, "pixel_std": 0.5, "latents": True, "vae": [None, None],
         "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
         "transformer": ["acdit.model", "ACDiTTransformer"],
     }  # fmt: skip

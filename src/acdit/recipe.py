@@ -145,13 +145,19 @@ class EMARecipe:
 
 @dataclass
 class TrainRecipe:
-    """How long and how. Exactly one of `steps` and `epochs`."""
+    """How long and how. Exactly one of `steps` and `epochs`.
+
+    `parallel` is how several processes share the work: "ddp" (whole weights in each) or "fsdp2" (rows of the weights,
+    averages and moments in each). After `timeout_seconds` without an answer, the other processes count as lost.
+    """
 
     steps: int | None = None
     epochs: int | None = None
     precision: str = "fp32"
     compile: bool = False
     gradient_checkpointing: str = "none"
+    parallel: str = "ddp"
+    timeout_seconds: int = 1800
     checkpoint_every: int = 1000
     keep_checkpoints: int = 3
     log_every: int = 50
@@ -198,6 +204,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "optim.schedule": ("wsd", "cosine", "constant"),
     "train.precision": ("fp32", "bf16", "fp64"),
     "train.gradient_checkpointing": ("none", "elementwise", "layers"),
+    "train.parallel": ("ddp", "fsdp2"),
 }
 # Inclusive lower bound and exclusive upper bound of numbers; lists are checked value by value.
 RANGES: dict[str, tuple[float, float]] = {
@@ -218,7 +225,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "ema.decays": (0, 1), "ema.inv_gamma": (1e-12, math.inf), "ema.power": (0, math.inf),
     "train.steps": (1, 2**31), "train.epochs": (1, 2**31), "train.checkpoint_every": (1, 2**31),
     "train.keep_checkpoints": (1, 2**31), "train.log_every": (1, 2**31), "train.sample_every": (1, 2**31),
-    "train.threads": (1, 4096),
+    "train.threads": (1, 4096), "train.timeout_seconds": (1, 2**31),
     "sampling.num_inference_steps": (1, 10_000), "sampling.guidance_scale": (0, math.inf),
     "sampling.labels": (0, 2**31),
 }  # fmt: skip

@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import acdit.attention
@@ -46,11 +47,11 @@ def _policy(_: Any, operator: Any, *arguments: Any, **options: Any) -> Checkpoin
     return CheckpointPolicy.MUST_SAVE if operator in PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def checkpoint_elementwise(layer: nn.Module, *arguments: Any) -> Tensor:
+def checkpoint_elementwise(layer: Callable[..., Tensor], *arguments: Any) -> Tensor:
     """Run a layer and keep its matrix products and attention only; the same numbers, less memory.
 
     Args:
-        layer: called as layer(*arguments); draws no random number.
+        layer: a layer or its forward, called as layer(*arguments); draws no random number.
         arguments: anything.
 
     Returns:

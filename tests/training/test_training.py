@@ -1,13 +1,10 @@
-"""The loop: exact resumption, exact accumulation, the same run on two processes, and learning at all."""
+"""The loop: exact resumption, exact accumulation, and learning at all. Several processes: test_parallel.py."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -83,33 +80,6 @@ def test_accumulation_equals_one_batch(tmp_path: Path) -> None:
     for parts in (2, 8):
         cut = run(tiny_recipe(**options, optim__accumulation=parts), tmp_path / str(parts))
         assert largest_difference(cut, whole) <= 1e-10
-
-
-def test_two_gloo_processes_equal_one(tmp_path: Path) -> None:
-    options = {"train__precision": "fp64", "optim__batch_size": 8, "train__steps": 4, "optim__accumulation": 2}
-    one = run(tiny_recipe(**options), tmp_path / "one")
-    script = (
-        "import sys; from pathlib import Path; from tests.training.runs import run, tiny_recipe; "
-        f"run(tiny_recipe(**{options!r}), Path(sys.argv[1]))"
-    )
-    (tmp_path / "two.py").write_text(script)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    subprocess.run(
-        [*launch, str(tmp_path / "two.py"), str(tmp_path / "two")],
-        check=True, timeout=300, env=_environment(), capture_output=True, cwd=_root(),
-    )  # fmt: skip
-    two = load_file(tmp_path / "two" / "checkpoint-4" / "model.safetensors")
-    assert json.loads((tmp_path / "two/checkpoint-4/state.json").read_text())["environment"]["world_size"] == 2
-    own = one.state.model.state_dict()
-    assert max(float((own[name] - two[name]).norm() / (own[name].norm() + 1e-12)) for name in own) <= 1e-10
-
-
-def _root() -> Path:
-    return Path(__file__).parents[2]
-
-
-def _environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(_root()), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def test_a_tiny_model_learns_four_pictures_by_heart(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from acdit.cli import convert, data, demo, encode, evaluate, plan, recipes, sample, train
+from acdit.cli import consolidate, convert, data, demo, encode, evaluate, plan, recipes, sample, train
 from acdit.cli.parser import EXIT_CODES, version
 
 # What the system says when a place cannot be written or read: the user's disk, not our bug.
@@ -120,6 +120,6 @@ def _parser() -> argparse.ArgumentParser:
         made.set_defaults(run=run)
         return made
 
-    for module in (train, data, encode, plan, sample, evaluate, convert, demo, recipes):
+    for module in (train, data, encode, plan, sample, evaluate, consolidate, convert, demo, recipes):
         module.add(command)
     return parser

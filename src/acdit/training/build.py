@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,16 +36,21 @@ class Built:
 
     def pipeline(self) -> ACDiTPipeline:
         """The pipeline around the model as it is now: what gets published."""
-        names = {str(index): name for index, name in enumerate(self.dataset.class_names)}
-        return ACDiTPipeline(
-            self.model,
-            self.corruption.sampling_scheduler(),
-            vae=self.vae,
-            latents=self.recipe.codec.kind == "vae",
-            pixel_mean=self.recipe.codec.mean,
-            pixel_std=self.recipe.codec.std,
-            id2label=names if self.recipe.model.num_classes is not None else None,
-        )
+        return assemble(self.recipe, self.model, self.dataset.class_names, self.vae)
+
+
+def assemble(recipe: Recipe, model: ACDiTTransformer, class_names: Sequence[str], vae: Any = None) -> ACDiTPipeline:
+    """The pipeline around a model that was trained by a recipe, and its autoencoder if it has one; needs no data."""
+    names = {str(index): name for index, name in enumerate(class_names)}
+    return ACDiTPipeline(
+        model,
+        _corruption(recipe).sampling_scheduler(),
+        vae=vae,
+        latents=recipe.codec.kind == "vae",
+        pixel_mean=recipe.codec.mean,
+        pixel_std=recipe.codec.std,
+        id2label=names if recipe.model.num_classes is not None else None,
+    )
 
 
 def build(recipe: Recipe) -> Built:
@@ -62,9 +68,6 @@ def build(recipe: Recipe) -> Built:
         model.double()
     codec, vae = build_codec(recipe, dataset)
     _check_data(recipe, dataset, data_shape(dataset, codec), model)
-    settings = dataclasses.asdict(recipe.corruption)
-    for name in ("copies", "context_noise"):  # the batches' business
-        settings.pop(name)
     steps = recipe.train.steps
     if steps is None:
         assert recipe.train.epochs is not None  # the recipe has exactly one of the two
@@ -78,12 +81,19 @@ def build(recipe: Recipe) -> Built:
     return Built(
         recipe=recipe,
         model=model,
-        corruption=GaussianCorruption(**settings),
+        corruption=_corruption(recipe),
         codec=codec,
         vae=vae,
         dataset=dataset,
         total_steps=steps,
     )
+
+
+def _corruption(recipe: Recipe) -> GaussianCorruption:
+    settings = dataclasses.asdict(recipe.corruption)
+    for name in ("copies", "context_noise"):  # the batches' business
+        settings.pop(name)
+    return GaussianCorruption(**settings)
 
 
 def build_model(recipe: ModelRecipe, seed: int = 0) -> ACDiTTransformer:

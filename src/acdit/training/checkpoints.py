@@ -6,6 +6,9 @@ checkpoint-N/  model.safetensors      the raw weights
                rng.safetensors        torch's generator states (training's own draws need none)
                state.json             step, recipe, schedule, counters, versions
                manifest.json          sha256 of every file; written last
+
+Under FSDP2 every process writes its rows: model-00001-of-00002.safetensors and so on (`acdit.training.shards`). Either
+form is read at any number of processes, under DDP and FSDP2.
 """
 
 from __future__ import annotations
@@ -18,15 +21,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from acdit import storage
 from acdit.errors import ConfigError, StorageError
 from acdit.recipe import Recipe, difference, recipe_from_dict, recipe_to_dict
+from acdit.training.build import Built
 from acdit.training.ema import EMAWeights
 from acdit.training.lr_schedules import lr_factor
+from acdit.training.parallel import Parallel
+from acdit.training.shards import Part, atomic_directory, file_name, write
 
 logger = logging.getLogger(__name__)
 
@@ -37,10 +43,11 @@ _HEADER_BYTES = 128  # of a tensor's entry in its file: name, type, shape, place
 # still to come. train.steps, train.epochs and the schedule are looked at separately.
 HARMLESS = (
     "name", "data.root", "data.num_workers", "data.max_bad_files", "train.checkpoint_every", "train.keep_checkpoints",
-    "train.log_every", "train.sample_every", "train.tensorboard", "sampling.num_inference_steps",
-    "sampling.guidance_scale", "sampling.labels", "codec.vae", "codec.subfolder", "codec.vae_sha256",
+    "train.log_every", "train.sample_every", "train.tensorboard", "train.timeout_seconds",
+    "sampling.num_inference_steps", "sampling.guidance_scale", "sampling.labels", "codec.vae", "codec.subfolder",
+    "codec.vae_sha256",
 )  # fmt: skip
-INEXACT = ("train.threads", "train.compile", "train.gradient_checkpointing", "train.precision")
+INEXACT = ("train.threads", "train.compile", "train.gradient_checkpointing", "train.precision", "train.parallel")
 SCHEDULE = ("train.steps", "train.epochs", "optim.schedule", "optim.decay_fraction", "optim.warmup_steps", "optim.lr")
 BRANCHABLE = (*SCHEDULE, "optim.max_grad_norm", "optim.weight_decay")
 
@@ -59,40 +66,70 @@ class RunState:
     loss_count: int = 0
 
 
-def save(state: RunState, recipe: Recipe, run: Path, dataset: dict[str, Any], world_size: int) -> Path:
-    """Write checkpoint-N of a run, verify it, and prune old ones.
+def save(state: RunState, recipe: Recipe, run: Path, built: Built, parallel: Parallel, place: dict[str, Any]) -> Path:
+    """Write checkpoint-N of a run, verify it, and prune old ones. Every process calls it.
+
+    Under DDP the first process writes; under FSDP2 all write into one directory, which the first one commits.
 
     Args:
-        dataset: how far the data are: "dataset_length", and "stream" where a stream has to go on from somewhere.
+        state, recipe, run, built, parallel: of the run.
+        place: how far the data are: "dataset_length", and "stream" where a stream has to go on from somewhere.
 
     Raises:
-        StorageError: no room, or the files on disk are not what was written; older checkpoints are kept.
+        StorageError: no room, or the files on disk are not what was written; older checkpoints are kept. In every
+            process.
     """
     path = run / f"checkpoint-{state.step}"
-    files = {f"{part}.safetensors": tensors for part, tensors in _parts(state).items()} | {RNG_FILE: _rng_states()}
-    saved = [tensor for tensors in files.values() for tensor in tensors.values()]
-    needed = sum(tensor.numel() * tensor.element_size() + _HEADER_BYTES for tensor in saved)
-    with storage.atomic_directory(path, expected_bytes=needed) as directory:
-        for name, tensors in files.items():
-            save_file(_plain(tensors), directory / name)
-        description = {
-            "format": FORMAT,
-            "step": state.step,
-            "sampler": {"next_step": state.step, **dataset},
-            "lr_scheduler": {"last_epoch": state.lr_scheduler.last_epoch, "base_lrs": state.lr_scheduler.base_lrs},
-            "ema": [
-                {"decay": decay, "optimization_step": count}
-                for decay, count in zip(state.ema.decays, state.ema.counters, strict=True)
-            ],
-            "loss_sum": state.loss_sum,
-            "loss_count": state.loss_count,
-            "environment": environment(world_size),
-            "recipe": recipe_to_dict(recipe),
-        }
+    parts = _parts(state)
+    shards = parallel.world_size if parallel.sharded else 1
+    saved = [tensor for part in parts.values() for tensor in part.values()] + list(_rng_states().values())
+    needed = sum(tensor.numel() * tensor.element_size() + shards * _HEADER_BYTES for tensor in saved)
+
+    def fill(directory: Path) -> None:
+        for part, tensors in parts.items():
+            write(tensors, directory / file_name(part, parallel.rank, shards), first=parallel.main)
+        if not parallel.main:
+            return
+        write(_rng_states(), directory / RNG_FILE)
+        description = _describe(state, recipe, built, parallel.world_size, shards, place)
         (directory / "state.json").write_text(json.dumps(description, indent=2))
-    storage.verify(path)
-    storage.prune(run, recipe.train.keep_checkpoints)
+
+    def commit_alone() -> None:
+        with storage.atomic_directory(path, expected_bytes=needed) as directory:
+            fill(directory)
+
+    def conclude() -> None:
+        storage.verify(path)
+        storage.prune(run, recipe.train.keep_checkpoints)
+
+    if parallel.sharded:
+        with atomic_directory(parallel, path, needed) as directory:
+            fill(directory)
+    else:
+        parallel.on_main(commit_alone)
+    parallel.on_main(conclude)
     return path
+
+
+def _describe(
+    state: RunState, recipe: Recipe, built: Built, world_size: int, shards: int, place: dict[str, Any]
+) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "shards": shards,
+        "step": state.step,
+        "sampler": {"next_step": state.step, **place},
+        "lr_scheduler": {"last_epoch": state.lr_scheduler.last_epoch, "base_lrs": state.lr_scheduler.base_lrs},
+        "ema": [
+            {"decay": decay, "optimization_step": count}
+            for decay, count in zip(state.ema.decays, state.ema.counters, strict=True)
+        ],
+        "loss_sum": state.loss_sum,
+        "loss_count": state.loss_count,
+        "environment": environment(world_size),
+        "recipe": recipe_to_dict(recipe),
+        "class_names": built.dataset.class_names,
+    }
 
 
 def environment(world_size: int) -> dict[str, Any]:
@@ -227,14 +264,9 @@ def restore(
         StorageError: a part is missing; it is named, and nothing was changed before all parts were there.
     """
     targets = _parts(state)
-    files = {part: f"{part}.safetensors" for part in targets}
     if len(description["ema"]) != len(state.ema.decays):
         raise StorageError("ema", found=f"{len(description['ema'])} averages", expected=f"{len(state.ema.decays)}")
-    loaded = {}
-    for part, name in files.items():
-        if not (path / name).is_file():
-            raise StorageError(f"{path / name}", found="no such file", expected=f"the state of {part}")
-        loaded[part] = load_file(path / name)
+    sources = {part: Part(path, part, description.get("shards", 1)) for part in targets}
     warnings = []
     rng = path / RNG_FILE
     if not rng.is_file():
@@ -245,16 +277,16 @@ def restore(
             )  # fmt: skip
         warnings.append("not bit-exact: the checkpoint has no generator states")
     for part, target in targets.items():
-        source = loaded[part]
-        wrong = sorted(set(target) ^ set(source)) or [n for n in target if target[n].shape != source[n].shape]
+        source = sources[part]
+        wrong = sorted(set(target) ^ source.names) or [n for n in target if target[n].shape != source.shape(n)]
         if wrong:
             raise StorageError(
-                f"{path / files[part]}", found=f"missing, extra or misshaped: {', '.join(wrong)}", expected=part
+                f"{source.place}", found=f"missing, extra or misshaped: {', '.join(wrong)}", expected=part
             )
     with torch.no_grad():
         for part, target in targets.items():
             for name, tensor in target.items():
-                tensor.copy_(loaded[part][name])
+                sources[part].read_into(name, tensor)
     if rng.is_file():
         _restore_rng(load_file(rng))
     state.ema.counters = [entry["optimization_step"] for entry in description["ema"]]
@@ -277,10 +309,6 @@ def _parts(state: RunState) -> dict[str, dict[str, Tensor]]:
     """What makes up a checkpoint, a file a part; the tensors themselves, so that restoring writes into them."""
     averages = {f"ema-{index}": state.ema.weights(index) for index in range(len(state.ema.decays))}
     return {"model": state.model.state_dict(), **averages, "optimizer": _moments(state)}
-
-
-def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
 
 
 def _moments(state: RunState) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from acdit.recipe import EMARecipe
+from acdit.training.shards import cut_like, local
 
 
 def ema_variant(decay: float) -> str:
@@ -20,6 +21,8 @@ def ema_variant(decay: float) -> str:
 class EMAWeights:
     """One `EMAModel` a decay; saved and restored by parameter name, without pickles.
 
+    Under FSDP2 each process averages the rows it holds: an average is elementwise.
+
     Args:
         model: whose parameters are followed.
         recipe: decays and warm-up.
@@ -27,10 +30,10 @@ class EMAWeights:
 
     def __init__(self, model: nn.Module, recipe: EMARecipe) -> None:
         self.decays = list(recipe.decays)
-        self._names = [name for name, _ in model.named_parameters()]
+        self._parameters = dict(model.named_parameters())
         self._averages = [
             EMAModel(
-                model.parameters(), decay=decay, use_ema_warmup=recipe.warmup, inv_gamma=recipe.inv_gamma,
+                _rows(model), decay=decay, use_ema_warmup=recipe.warmup, inv_gamma=recipe.inv_gamma,
                 power=recipe.power, min_decay=0.0 if recipe.warmup else decay, foreach=True,
             )
             for decay in self.decays
@@ -38,24 +41,30 @@ class EMAWeights:
 
     def step(self, model: nn.Module) -> None:
         """Follow the weights after an optimizer step."""
-        parameters = list(model.parameters())
+        parameters = _rows(model)
         for average in self._averages:
             average.step(parameters)
 
     @contextmanager
     def applied(self, model: nn.Module, index: int = 0) -> Iterator[None]:
         """Inside, the model holds the averaged weights; afterwards exactly its own again."""
-        own = [parameter.detach().clone() for parameter in model.parameters()]
-        self._averages[index].copy_to(model.parameters())
+        rows = _rows(model)
+        own = [row.detach().clone() for row in rows]
+        self._averages[index].copy_to(rows)
         try:
             yield
         finally:
-            for parameter, value in zip(model.parameters(), own, strict=True):
-                parameter.data.copy_(value)
+            for row, value in zip(rows, own, strict=True):
+                row.data.copy_(value)
 
     def weights(self, index: int) -> dict[str, Tensor]:
         """The averaged weights by parameter name; the tensors themselves, not copies."""
-        return dict(zip(self._names, self._averages[index].shadow_params, strict=True))
+        return {
+            name: cut_like(rows, parameter)
+            for (name, parameter), rows in zip(
+                self._parameters.items(), self._averages[index].shadow_params, strict=True
+            )
+        }
 
     @property
     def counters(self) -> list[int]:
@@ -66,3 +75,11 @@ class EMAWeights:
     def counters(self, values: list[int]) -> None:
         for average, value in zip(self._averages, values, strict=True):
             average.optimization_step = value
+
+
+def _rows(model: nn.Module) -> list[Tensor]:
+    """What this process holds of the parameters. `EMAModel` copies instead of averaging what needs no gradient."""
+    return [
+        parameter if (rows := local(parameter)) is parameter else rows.requires_grad_(parameter.requires_grad)
+        for parameter in model.parameters()
+    ]

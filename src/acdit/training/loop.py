@@ -7,6 +7,7 @@ gradient of the global batch's mean loss, however it is cut into processes and m
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import math
 import signal
@@ -16,7 +17,6 @@ from types import FrameType
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from acdit import storage
@@ -25,14 +25,16 @@ from acdit.data.stream import StreamDataset
 from acdit.errors import ConfigError, NonFiniteError, StorageError
 from acdit.pipelines import ACDiTPipeline
 from acdit.recipe import Recipe, recipe_from_dict, recipe_to_yaml
-from acdit.recompute import checkpoint_elementwise
 from acdit.training import checkpoints
 from acdit.training.batches import Batch, Batches
 from acdit.training.build import Built, build, parameter_groups
 from acdit.training.checkpoints import RunState
+from acdit.training.consolidate import empty_model, publish
 from acdit.training.ema import EMAWeights, ema_variant
 from acdit.training.lr_schedules import decay_start, make_lr_scheduler
+from acdit.training.parallel import Parallel
 from acdit.training.reporting import Report
+from acdit.training.shards import whole
 
 logger = logging.getLogger(__name__)
 
@@ -75,15 +77,10 @@ class Trainer:
             torch.set_num_threads(recipe.train.threads)
         self.recipe, self.run = recipe, Path(output_dir)
         self.evaluate, self.progress = evaluate, progress
-        # accelerate keeps its precision for the whole process: autocast is entered here instead, per run.
-        self.accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
+        self.parallel = Parallel(recipe)
         self.built: Built = build(recipe)
         self._require_even_batches()
-        model = self.built.model.to(self.accelerator.device)
-        if recipe.train.gradient_checkpointing == "elementwise":
-            model.enable_gradient_checkpointing(checkpoint_elementwise)
-        elif recipe.train.gradient_checkpointing == "layers":
-            model.enable_gradient_checkpointing()
+        model = self.parallel.place(self.built.model)
         optimizer = torch.optim.AdamW(
             parameter_groups(model, recipe.optim.weight_decay),
             lr=recipe.optim.lr,
@@ -97,16 +94,8 @@ class Trainer:
             optimizer=optimizer,
             lr_scheduler=make_lr_scheduler(optimizer, recipe.optim, self.built.total_steps),
         )
-        source = None
-        if resume is not None:
-            source = checkpoints.find(self.run, resume, allow_inexact=allow_inexact)
-        elif branch_from is not None:
-            source = checkpoints.find(Path(branch_from).parent, Path(branch_from).name, allow_inexact=allow_inexact)
-        if resume is None and self.run.is_dir() and storage.committed_checkpoints(self.run):
-            raise StorageError(
-                f"{self.run}", found="checkpoints of an earlier run", expected="an empty directory for a new run",
-                fix="add --resume to go on, or choose another --output",
-            )  # fmt: skip
+        with self.parallel.peers():
+            source = self.parallel.on_main(lambda: self._source(resume, branch_from, allow_inexact))
         if source is not None:
             self._restore(source, branch=branch_from is not None, allow_inexact=allow_inexact)
         self._interrupted: int | None = None
@@ -121,26 +110,28 @@ class Trainer:
             NonFiniteError: loss or gradient is NaN or infinite; the update was not made and nothing was published.
             SystemExit: after SIGTERM (143) or SIGINT (130), once the step is done and saved.
         """
-        main = self.accelerator.is_main_process
-        with storage.RunLock(self.run) if main else contextlib.nullcontext(), self._signals():
-            if main:
-                storage.clean_leftovers(self.run)
-                storage.set_aside_later(self.run, self.state.step)
-                storage.write_text_atomic(self.run / "recipe.yaml", recipe_to_yaml(self.recipe))
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.parallel.peers())
+            self.parallel.on_main(lambda: self._open(stack))
+            stack.enter_context(self._signals())
             self._loop()
-        return self._published()
+            self.parallel.barrier()
+            return ACDiTPipeline.from_pretrained(self.run / "model")
+
+    def _open(self, stack: contextlib.ExitStack) -> None:
+        """The run's directory, held until the stack is closed."""
+        stack.enter_context(storage.RunLock(self.run))
+        storage.clean_leftovers(self.run)
+        storage.set_aside_later(self.run, self.state.step)
+        storage.write_text_atomic(self.run / "recipe.yaml", recipe_to_yaml(self.recipe))
 
     def _loop(self) -> None:
         state, recipe, total = self.state, self.recipe, self.built.total_steps
-        model = self.accelerator.prepare(state.model)
-        if recipe.train.compile:
-            model.compile()
+        parallel = self.parallel
+        model = parallel.wrap(state.model)
         model.train()
-        accelerator = self.accelerator
-        batches = iter(
-            Batches(self.built, accelerator.process_index, accelerator.num_processes, state.step, accelerator.device)
-        )
-        report = Report(self.run, recipe, state.step, total, active=accelerator.is_main_process, progress=self.progress)
+        batches = iter(Batches(self.built, parallel.rank, parallel.world_size, state.step, parallel.device))
+        report = Report(self.run, recipe, state.step, total, active=parallel.main, progress=self.progress)
         saved_at = -1
         try:
             while state.step < total:
@@ -169,18 +160,18 @@ class Trainer:
 
     def _step(self, model: Any, batches: list[Batch]) -> tuple[float, float]:
         """One optimizer step; (mean loss of this process's samples, gradient norm)."""
-        state, accelerator = self.state, self.accelerator
-        # DDP averages gradients over processes: scale so that the sum over micro-batches is the global mean's gradient.
-        scale = accelerator.num_processes / self.recipe.optim.batch_size
+        state, parallel = self.state, self.parallel
+        # The sum over micro-batches and processes is the gradient of the global batch's mean loss.
+        scale = parallel.gradient_scale / self.recipe.optim.batch_size
         total = torch.zeros((), dtype=torch.float64)
         for index, batch in enumerate(batches):
-            last = index == len(batches) - 1
-            with contextlib.nullcontext() if last else accelerator.no_sync(model):
+            with parallel.accumulating(model, last=index == len(batches) - 1):
                 loss = self._loss(model, batch) * (len(batch.clean) * scale)
-                accelerator.backward(loss)
+                loss.backward()
             total += loss.detach().double().cpu()
-        norm = self._clip(state.model)
-        if not (math.isfinite(norm) and math.isfinite(float(total))):
+        total *= parallel.world_size / parallel.gradient_scale
+        norm = parallel.clip(state.model, self.recipe.optim.max_grad_norm)
+        if parallel.any(not (math.isfinite(norm) and math.isfinite(float(total)))):
             raise NonFiniteError(
                 f"step {state.step + 1}", found=f"loss {float(total):g}, gradient norm {norm:g}",
                 expected="finite numbers",
@@ -198,49 +189,42 @@ class Trainer:
         clean = batch.clean[:, None]
         noisy = corruption.corrupt(clean, batch.noise, batch.timestep)
         bf16 = self.recipe.train.precision == "bf16"
-        with torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=bf16):
+        with torch.autocast(self.parallel.device.type, torch.bfloat16, enabled=bf16):
             (prediction,) = model(batch.context, noisy, batch.timestep, batch.labels, return_dict=False)
         return corruption.loss(prediction, clean, batch.noise, batch.timestep)
 
-    def _clip(self, model: torch.nn.Module) -> float:
-        limit = self.recipe.optim.max_grad_norm
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf if limit is None else limit, foreach=True)
-        return float(norm)
-
     def _log(self, report: Report, norm: float) -> None:
         state = self.state
-        mean = torch.tensor(state.loss_sum / max(1, state.loss_count), device=self.accelerator.device)
-        mean = self.accelerator.reduce(mean, reduction="mean")
+        mean = torch.tensor(self.parallel.mean(state.loss_sum / max(1, state.loss_count)))
         state.loss_sum, state.loss_count = 0.0, 0
         report.record(
             state.step, {"loss": float(mean), "lr": float(state.lr_scheduler.get_last_lr()[0]), "gradient_norm": norm}
         )
 
     def _draw(self, report: Report) -> None:
-        if not self.accelerator.is_main_process:
-            return
-        with self.state.ema.applied(self.state.model):
-            pipeline = self.built.pipeline()
-            report.samples(pipeline, self.state.step)
-            if self.evaluate is not None:
-                report.record(self.state.step, self.evaluate(pipeline, self.state.step))
+        """Samples and evaluation by the first process; under FSDP2 it gets a whole copy of the averaged weights."""
+        state = self.state
+        if self.parallel.sharded:
+            weights = whole(state.ema.weights(0), keep=self.parallel.main)
+            if self.parallel.main:
+                model = empty_model(self.recipe)
+                model.load_state_dict(weights, assign=True)
+                self._look_at(dataclasses.replace(self.built, model=model).pipeline(), report)
+        elif self.parallel.main:
+            with state.ema.applied(state.model):
+                self._look_at(self.built.pipeline(), report)
+
+    def _look_at(self, pipeline: ACDiTPipeline, report: Report) -> None:
+        report.samples(pipeline, self.state.step)
+        if self.evaluate is not None:
+            report.record(self.state.step, self.evaluate(pipeline, self.state.step))
 
     def _save(self) -> None:
-        """Checkpoint and published model, by the first process; all stop when it fails."""
-        error: BaseException | None = None
-        if self.accelerator.is_main_process:
-            try:
-                checkpoints.save(
-                    self.state, self.recipe, self.run, self._place_in_data(), self.accelerator.num_processes
-                )
-                self._publish()
-            except (OSError, StorageError) as failure:
-                error = failure
-        failed = self._any(error is not None)
-        if error is not None:
-            raise error
-        if failed:
-            raise StorageError("checkpoint", found="the first process could not save", expected="see its message")
+        """Checkpoint and published model; all processes stop when one of them fails."""
+        self.state.loss_sum = self.parallel.mean(self.state.loss_sum)  # any number of processes can go on from it
+        place = self._place_in_data()
+        checkpoint = checkpoints.save(self.state, self.recipe, self.run, self.built, self.parallel, place)
+        self.parallel.on_main(lambda: self._publish(checkpoint))
 
     def _place_in_data(self) -> dict[str, Any]:
         dataset = self.built.dataset
@@ -249,8 +233,11 @@ class Trainer:
             place["stream"] = dataset.state(self.state.step * self.recipe.optim.batch_size)
         return place
 
-    def _publish(self) -> None:
+    def _publish(self, checkpoint: Path) -> None:
         """model/: the first average as the pipeline's weights, the others as variants; see `ema_variant`."""
+        if self.parallel.sharded:
+            publish(checkpoint, self.run / "model", self.built.vae)
+            return
         ema, model = self.state.ema, self.state.model
         with storage.atomic_directory(self.run / "model") as directory:
             with ema.applied(model, 0):
@@ -259,9 +246,18 @@ class Trainer:
                 with ema.applied(model, index):
                     self.built.model.save_pretrained(directory / "transformer", variant=ema_variant(decay))
 
-    def _published(self) -> ACDiTPipeline:
-        self.accelerator.wait_for_everyone()
-        return ACDiTPipeline.from_pretrained(self.run / "model")
+    def _source(self, resume: str | None, branch_from: str | Path | None, allow_inexact: bool) -> Path | None:
+        """The checkpoint to start from, if any; a new run's directory must hold none."""
+        if resume is not None:
+            return checkpoints.find(self.run, resume, allow_inexact=allow_inexact)
+        if self.run.is_dir() and storage.committed_checkpoints(self.run):
+            raise StorageError(
+                f"{self.run}", found="checkpoints of an earlier run", expected="an empty directory for a new run",
+                fix="add --resume to go on, or choose another --output",
+            )  # fmt: skip
+        if branch_from is None:
+            return None
+        return checkpoints.find(Path(branch_from).parent, Path(branch_from).name, allow_inexact=allow_inexact)
 
     def _restore(self, path: Path, *, branch: bool, allow_inexact: bool) -> None:
         description = checkpoints.read_description(path)
@@ -280,7 +276,7 @@ class Trainer:
                 "train.steps", found=str(self.built.total_steps), expected=f"at least {step}, done already"
             )
         notes += checkpoints.restore(
-            self.state, path, description, world_size=self.accelerator.num_processes, allow_inexact=allow_inexact
+            self.state, path, description, world_size=self.parallel.world_size, allow_inexact=allow_inexact
         )
         if isinstance(self.built.dataset, StreamDataset):
             self.built.dataset.load_state(description["sampler"]["stream"])
@@ -289,7 +285,7 @@ class Trainer:
             logger.warning("%s", note)
 
     def _require_even_batches(self) -> None:
-        parts = self.recipe.optim.accumulation * self.accelerator.num_processes
+        parts = self.recipe.optim.accumulation * self.parallel.world_size
         if self.recipe.optim.batch_size % parts:
             raise ConfigError(
                 "optim.batch_size", found=str(self.recipe.optim.batch_size),
@@ -317,14 +313,7 @@ class Trainer:
                 signal.signal(number, handler)
 
     def _stop_requested(self) -> bool:
-        requested = self._any(self._interrupted is not None)
+        requested = self.parallel.any(self._interrupted is not None)
         if requested and self._interrupted is None:
             self._interrupted = signal.SIGTERM
         return requested
-
-    def _any(self, flag: bool) -> bool:
-        """Whether the flag is up in any process."""
-        if self.accelerator.num_processes == 1:
-            return flag
-        raised = torch.tensor(float(flag), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(raised, reduction="sum") > 0)
