@@ -21,11 +21,12 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	$(BIN)/acdit demo --output runs/demo
 
+# A worker a core, a thread a worker: two threads in each of two workers would wait for each other on two cores.
 test: $(READY)
-	$(BIN)/python -m pytest -m "not campaign"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not campaign"
 
 test-all: $(READY)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

@@ -77,7 +77,7 @@ def test_encode_train_sample_decode(base: Path, tmp_path: Path, capsys: pytest.C
 
 def test_without_a_vae_latents_can_be_had_and_pictures_say_what_to_do(base: Path, tmp_path: Path) -> None:
     trainer = run(recipe(base, codec__vae=None), tmp_path / "run")
-    pipeline = trainer._published()
+    pipeline = ACDiTPipeline.from_pretrained(trainer.run / "model")
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline.vae is None
     assert pipeline(0, num_inference_steps=1, output_type="latent").images.shape == (1, 4, 8, 8)
@@ -191,6 +191,6 @@ def test_a_tiny_autoencoder_trains_and_decodes_too(base: Path, tmp_path: Path) -
     autoencoders.tiny().save_pretrained(tmp_path / "vae")
     small = recipe(base, None, codec__vae=str(tmp_path / "vae"), train__steps=1)
     trainer = run(small, tmp_path / "run")
-    pipeline = trainer._published()
+    pipeline = ACDiTPipeline.from_pretrained(trainer.run / "model")
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline(0, num_inference_steps=1).images[0].size == (16, 16)

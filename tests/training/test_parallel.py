@@ -81,7 +81,7 @@ def assert_equal_runs(one: Path, other: Path) -> None:
         assert float((value - right[name]).norm()) <= TOLERANCE * (float(value.norm()) + 1e-12), name
     losses = [[json.loads(line).get("loss") for line in (place / "log.jsonl").open()] for place in (one, other)]
     assert [loss for loss in losses[1] if loss is not None] == pytest.approx(losses[0], rel=1e-6)  # written in fp32
-    for file in ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.ema-0.9.safetensors"):
+    for file in ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.ema-0_9.safetensors"):
         model, twin = load_file(one / "model/transformer" / file), load_file(other / "model/transformer" / file)
         assert all(torch.allclose(model[name], twin[name], rtol=0, atol=1e-11) for name in model)
     assert storage.verify(other / "checkpoint-4")

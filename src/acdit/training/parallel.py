@@ -6,6 +6,7 @@ moment, and a layer is whole only while it computes. Nothing else of the run kno
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import math
@@ -30,6 +31,14 @@ from acdit.recipe import Recipe
 from acdit.recompute import checkpoint_elementwise
 
 Result = TypeVar("Result")
+
+
+def _leave() -> None:
+    """Before the interpreter ends: a backend's thread that still runs then makes the process abort, all work done."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
 # What torch's backends write when another process is gone: gloo and the stores raise plain RuntimeErrors.
 _LOST = re.compile(r"gloo|nccl|connection (was )?(closed|reset|refused)|timed out|broken pipe|socket", re.IGNORECASE)
 
@@ -56,6 +65,7 @@ class Parallel:
             if self.world_size > 1 and "RANK" in os.environ and not distributed.is_initialized():
                 # Before accelerate does it: it would pass over a timeout that happens to be its own default.
                 distributed.init_process_group(backend, timeout=timeout)
+                atexit.register(_leave)
             # accelerate keeps its precision for the whole process: autocast is entered per run instead.
             self._accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
         self.device = self._accelerator.device
@@ -63,6 +73,7 @@ class Parallel:
         self.main = self.rank == 0
         if self.sharded and not distributed.is_initialized():  # FSDP2 wants a group, be it of one
             distributed.init_process_group(backend, store=distributed.HashStore(), rank=0, world_size=1)
+            atexit.register(_leave)
 
     @property
     def gradient_scale(self) -> float:
