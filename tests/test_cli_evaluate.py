@@ -83,6 +83,7 @@ def test_a_sweep_over_two_settings_gives_one_file_and_a_plot(lively_model: Path,
     )
 
 
+@pytest.mark.campaign
 def test_two_processes_measure_what_one_does(tmp_path: Path) -> None:
     np.savez(tmp_path / "s.npz", arr_0=np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8))
     assert main(evaluate(tmp_path / "s.npz", tmp_path / "one.json", "--chunk-size", "9")) == 0

@@ -32,7 +32,7 @@ class Counting:
             raise KeyboardInterrupt
         self.seen += len(pixels)
         values = pixels.float().mean(dim=(2, 3)) / 255
-        values = torch.where(pixels.flatten(1).any(dim=1)[:, None], values, torch.nan)
+        values = torch.where((pixels != 0).flatten(1).any(dim=1)[:, None], values, torch.nan)
         return Features(values, values[:, :2] ** 2, values.softmax(dim=1))
 
     def extractor(self) -> Extractor:
