@@ -268,7 +268,7 @@ class Trainer:
             self.state, path, description, world_size=self.parallel.world_size, allow_inexact=allow_inexact
         )
         logger.info("%s %s at step %d", "branching from" if branch else "resuming", path.name, step)
-        for note in notes:
+        for note in notes if self.parallel.main else ():
             logger.warning("%s", note)
 
     def _require_even_batches(self) -> None:
