@@ -281,7 +281,7 @@ class Trainer:
         if isinstance(self.built.dataset, StreamDataset):
             self.built.dataset.load_state(description["sampler"]["stream"])
         logger.info("%s %s at step %d", "branching from" if branch else "resuming", path.name, step)
-        for note in notes:
+        for note in notes if self.parallel.main else ():
             logger.warning("%s", note)
 
     def _require_even_batches(self) -> None:
