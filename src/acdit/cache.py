@@ -37,9 +37,10 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        shape = (batch_size, max_tokens, num_heads, head_dim)
-        self._keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
-        self._values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        # (B, T, H, K) to all who ask, but a head's tokens lie side by side in memory: attention reads head by head.
+        shape = (batch_size, num_heads, max_tokens, head_dim)
+        self._keys = [torch.empty(shape, dtype=dtype, device=device).transpose(1, 2) for _ in range(num_layers)]
+        self._values = [torch.empty(shape, dtype=dtype, device=device).transpose(1, 2) for _ in range(num_layers)]
         self.batch_size = batch_size
         self.max_tokens = max_tokens
         self.block_tokens = block_tokens
