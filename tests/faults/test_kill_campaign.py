@@ -49,6 +49,8 @@ class Campaign:
         self.base, self.expected, self.random = base, expected, random.Random(seed)
         self.kills = self.finished = self.mid_run = 0
         self.run = base / "run-0"
+        self.patience, self._newest = 1.0, 0
+        """Factor on the time a child gets: on a machine with other work it might never get anywhere otherwise."""
 
     def child_ended(self, killed: bool) -> None:
         """Check what the child left; its last words are in `stderr`."""
@@ -65,9 +67,13 @@ class Campaign:
             assert logged == list(range(1, 9)), f"{self.run}: the log has steps {logged}"
             self.finished += 1
             self.run = self.base / f"run-{self.finished}"
+            self.patience, self._newest = 1.0, 0
         else:
             left = sorted(str(path.relative_to(self.run)) for path in self.run.rglob("*"))
             words = (self.base / "stderr").read_text()[-3000:]
+            newest = checkpoints[-1][0] if checkpoints else 0
+            self.patience = 1.0 if newest > self._newest else min(32.0, 1.25 * self.patience)
+            self._newest = newest
             assert killed, f"a child that was not killed must have finished; it said:\n{words}\nand left {left}"
 
 
@@ -99,7 +105,7 @@ def kill_fresh_processes(campaign: Campaign, kills: int) -> None:
         lock, before = campaign.run / ".lock", time.time()
         while process.poll() is None and not (lock.is_file() and lock.stat().st_mtime >= before):
             time.sleep(0.01)
-        time.sleep(campaign.random.uniform(0, 1.2))
+        time.sleep(campaign.random.uniform(0, 1.2) * campaign.patience)
         process.send_signal(signal.SIGKILL)
         campaign.child_ended(killed=process.wait() == -signal.SIGKILL)
 
@@ -128,7 +134,7 @@ while campaign.kills < kills:
         except BaseException:
             traceback.print_exc()
         os._exit(code)
-    time.sleep(campaign.random.uniform(0.02, 0.9))
+    time.sleep(campaign.random.uniform(0.02, 0.9) * campaign.patience)
     os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     campaign.child_ended(killed=os.WIFSIGNALED(status))
