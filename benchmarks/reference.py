@@ -73,6 +73,7 @@ def load_reference(checkout: Path) -> ModuleType:
     if missing:
         raise SystemExit(f"--reference {checkout}: no {', '.join(missing)} there; give a checkout of thunlp/ACDiT")
     timm, models, transformer = (ModuleType(name) for name in ("timm", "timm.models", "timm.models.vision_transformer"))
+    # A module made here has no attributes that a type checker knows.
     transformer.Attention, transformer.Mlp = StandInAttention, StandInMlp  # type: ignore[attr-defined]
     stand_ins = {part.__name__: part for part in (timm, models, transformer)}
     held = {name: sys.modules.get(name) for name in stand_ins}
@@ -96,7 +97,7 @@ def load_reference(checkout: Path) -> ModuleType:
                 del sys.modules[name]
             else:
                 sys.modules[name] = previous
-    module.USE_FLEX_ATTENTION = False  # type: ignore[attr-defined]
+    module.USE_FLEX_ATTENTION = False  # type: ignore[attr-defined]  # its own switch
     return module
 
 
@@ -210,6 +211,7 @@ def reference_sample(
     """
     remaining = iter(noises)
     drawn = module.randn_tensor
+    # It draws by this name; the given noises take the place of what it would draw. (An imported module is not typed.)
     module.randn_tensor = lambda shape, **_: next(remaining).reshape(shape)  # type: ignore[attr-defined]
     try:
         with LiftedCasts() if lifted else contextlib.nullcontext():
@@ -222,4 +224,4 @@ def reference_sample(
                 dtype=noises.dtype,
             )
     finally:
-        module.randn_tensor = drawn  # type: ignore[attr-defined]
+        module.randn_tensor = drawn  # type: ignore[attr-defined]  # as above

@@ -6,6 +6,11 @@ Every message names four things in one breath: the field or path, what was found
 from __future__ import annotations
 
 
+def first_line(error: BaseException, limit: int = 160) -> str:
+    """The first line of what a library says, for a message of one line; its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:limit]
+
+
 class AcditError(Exception):
     """A mistake or a fault outside this program. The message is the whole story: it is printed without a traceback.
 

@@ -44,7 +44,20 @@ class ACDiTTransformerOutput(BaseOutput):
     sample: Tensor
 
 
-class ACDiTTransformer(ModelMixin, ConfigMixin):
+class SafetensorsOnly:
+    """Put before a diffusers base class: no pickle is read by accident."""
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *, use_safetensors: bool | None = None, **options: Any
+    ) -> Any:
+        """diffusers' own, but weights come from safetensors unless `use_safetensors=False` is written out."""
+        safe = True if use_safetensors is None else use_safetensors
+        base: Any = super()  # diffusers' class, which this one stands before
+        return base.from_pretrained(pretrained_model_name_or_path, use_safetensors=safe, **options)
+
+
+class ACDiTTransformer(SafetensorsOnly, ModelMixin, ConfigMixin):
     """Blockwise autoregressive diffusion transformer (Hu et al., arXiv 2412.07720).
 
     It predicts and nothing else: it knows no scheduler, no guidance, no files, draws no random number and keeps no
@@ -106,15 +119,6 @@ class ACDiTTransformer(ModelMixin, ConfigMixin):
         self.attention_execution = "auto"
         """How `forward` attends: "auto", "sdpa", "flex" or "dense"; all give the same numbers."""
         self.initialize_weights()
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: Any, *, use_safetensors: bool | None = None, **options: Any
-    ) -> Any:
-        """diffusers' own, but weights come from safetensors unless `use_safetensors=False` is written out: no pickle
-        is read by accident."""
-        safe = True if use_safetensors is None else use_safetensors
-        return super().from_pretrained(pretrained_model_name_or_path, use_safetensors=safe, **options)
 
     @property
     def null_label(self) -> int | None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from acdit.codecs import PixelCodec, VAECodec
 from acdit.errors import ConfigError
-from acdit.model import ACDiTTransformer
+from acdit.model import ACDiTTransformer, SafetensorsOnly
 from acdit.sampling import DenoisingStep, Generators, sample_blocks
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -25,7 +25,7 @@ StepEndCallback = Callable[["ACDiTPipeline", int, Any, dict[str, Any]], dict[str
 BlockEndCallback = Callable[["ACDiTPipeline", int, dict[str, Any]], dict[str, Any] | None]
 
 
-class ACDiTPipeline(DiffusionPipeline):
+class ACDiTPipeline(SafetensorsOnly, DiffusionPipeline):
     """Class-conditional (or unconditional) generation, block by block.
 
     Args:
@@ -54,15 +54,6 @@ class ACDiTPipeline(DiffusionPipeline):
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
         self.register_to_config(pixel_mean=pixel_mean, pixel_std=pixel_std, latents=latents, id2label=id2label)
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: Any, *, use_safetensors: bool | None = None, **options: Any
-    ) -> Any:
-        """diffusers' own, but weights come from safetensors unless `use_safetensors=False` is written out: no pickle
-        is read by accident."""
-        safe = True if use_safetensors is None else use_safetensors
-        return super().from_pretrained(pretrained_model_name_or_path, use_safetensors=safe, **options)
 
     @property
     def codec(self) -> PixelCodec | VAECodec:

@@ -74,9 +74,7 @@ def atomic_directory(path: str | Path, expected_bytes: int = 0) -> Iterator[Path
     _require_replaceable(path)
     temporary = path.with_name(f"{_TEMPORARY}{path.name}-{_unique()}")
     try:
-        free = free_bytes(path)
-        if free < expected_bytes:
-            raise _no_room(path, errno.ENOSPC, expected_bytes, free)
+        require_room(path, expected_bytes)
         _make_parents(path)
         _step("make temporary")
         temporary.mkdir()
@@ -99,7 +97,7 @@ def _commit(temporary: Path, path: Path) -> None:
     for file in files.values():
         _step("sync file")
         _sync(file)
-    manifest = Manifest({name: (file.stat().st_size, _sha256(file)) for name, file in files.items()})
+    manifest = Manifest({name: (file.stat().st_size, file_sha256(file)) for name, file in files.items()})
     _step("write manifest")
     (temporary / MANIFEST).write_text(manifest.text(), encoding="utf-8")
     _step("sync manifest")
@@ -203,11 +201,6 @@ def require_room(path: str | Path, needed: int) -> None:
         raise _no_room(Path(path), errno.ENOSPC, needed, free)
 
 
-def file_sha256(path: str | Path) -> str:
-    """sha256 of a file's content, in hexadecimal."""
-    return _sha256(Path(path))
-
-
 def verify(path: str | Path, may_miss: Collection[str] = ()) -> Manifest:
     """Check every file of a committed directory against its manifest.
 
@@ -225,7 +218,7 @@ def verify(path: str | Path, may_miss: Collection[str] = ()) -> Manifest:
         file = path / name
         try:
             found_size = file.stat().st_size
-            found = _sha256(file) if found_size == size else ""
+            found = file_sha256(file) if found_size == size else ""
         except OSError as error:
             if name in may_miss and not file.exists():
                 continue
@@ -467,7 +460,8 @@ def _no_room(path: Path, code: int, needed: int, free: int) -> StorageError:
     )  # fmt: skip
 
 
-def _sha256(file: Path) -> str:
+def file_sha256(file: Path) -> str:
+    """sha256 of a file's content, in hexadecimal."""
     with file.open("rb") as stream:
         digest = hashlib.sha256()
         while chunk := stream.read(1 << 20):

@@ -154,7 +154,7 @@ def _measure_model(options: argparse.Namespace, axes: list[Any], evaluator: Any,
     averaging = averaging_of(options.model)
     results = []
     for point in combinations(axes):
-        settings = dataclasses.replace(plain, **point)  # type: ignore[arg-type]
+        settings = dataclasses.replace(plain, **point)  # type: ignore[arg-type]  # a key has its field's type
         description = describe_sampling(pipeline, settings)
         key = hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:16]
         store = generate(

@@ -47,7 +47,7 @@ def load_pipeline(options: argparse.Namespace, device: Any = None) -> Any:
     import torch
 
     from acdit import ACDiTPipeline
-    from acdit.errors import ConfigError, StorageError
+    from acdit.errors import ConfigError, StorageError, first_line
 
     folder = Path(options.model)
     _require_whole(folder, options.model)
@@ -56,7 +56,7 @@ def load_pipeline(options: argparse.Namespace, device: Any = None) -> Any:
     try:
         pipeline = ACDiTPipeline.from_pretrained(options.model)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0][:160]
+        reason = first_line(error)
         if folder.exists():
             raise StorageError(f"model {options.model}", found=reason, expected="a saved ACDiTPipeline") from error
         raise ConfigError(
@@ -111,7 +111,7 @@ def _require_whole(folder: Path, named: str) -> None:
 def _device(wanted: Any) -> Any:
     import torch
 
-    from acdit.errors import ConfigError
+    from acdit.errors import ConfigError, first_line
 
     try:
         device = torch.device(wanted)
@@ -119,7 +119,7 @@ def _device(wanted: Any) -> Any:
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(
             "--device", found=str(wanted), expected="cpu, cuda or another that torch has here",
-            fix=str(error).splitlines()[0][:120],
+            fix=first_line(error),
         ) from None  # fmt: skip
     return device
 

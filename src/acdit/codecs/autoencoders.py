@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from acdit.errors import ConfigError
+from acdit.errors import ConfigError, first_line
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _TINY_TILED = (4, 8)  # latent channels and spatial factor that diffusers' tiled AutoencoderTiny is written for
@@ -54,7 +54,7 @@ def load_vae(name: str, subfolder: str | None = None) -> Any:
         config = diffusers.AutoencoderKL.load_config(name, **options)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            what, found=f"no such folder, and nothing on the hub ({_first_line(error)})",
+            what, found=f"no such folder, and nothing on the hub ({first_line(error)})",
             expected="a folder, or a hub id, of a diffusers autoencoder", fix="check the path and the network",
         ) from error  # fmt: skip
     kind = config.get("_class_name")
@@ -68,7 +68,7 @@ def load_vae(name: str, subfolder: str | None = None) -> Any:
         vae, report = found.from_pretrained(name, **options, use_safetensors=True, output_loading_info=True)
     except Exception as error:  # OSError: no weights; ValueError, RuntimeError: misshaped; SafetensorError: damaged
         raise ConfigError(
-            what, found=f"weights that cannot be read ({_first_line(error)})",
+            what, found=f"weights that cannot be read ({first_line(error)})",
             expected=f"whole safetensors weights of {kind}",
             fix="save it anew with save_pretrained(…, safe_serialization=True); .bin files are not read",
         ) from error  # fmt: skip
@@ -79,10 +79,6 @@ def load_vae(name: str, subfolder: str | None = None) -> Any:
             expected=f"all weights of {kind}", fix="use an undamaged copy",
         )  # fmt: skip
     return vae.eval().requires_grad_(False)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
 
 
 def vae_sha256(vae: Any) -> str:

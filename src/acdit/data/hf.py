@@ -17,7 +17,7 @@ import numpy as np
 from acdit.data.classes import ClassList, numbered
 from acdit.data.labelled import LabelledPictures
 from acdit.data.picture import MAX_BYTES, BadPicture
-from acdit.errors import AcditError, ConfigError, DataError
+from acdit.errors import AcditError, ConfigError, DataError, first_line
 
 EXPECTED = (
     "a folder of class folders, of .parquet files or written by save_to_disk; a .parquet or .arrow file or a pattern "
@@ -67,7 +67,7 @@ def load_table(root: str, split: str, streaming: bool) -> Any:
     except AcditError:
         raise
     except Exception as error:  # the library's own, pyarrow's, the hub's, the network's
-        raise DataError(where, found=f"{type(error).__name__}: {_first_line(error)}", expected=EXPECTED) from error
+        raise DataError(where, found=f"{type(error).__name__}: {first_line(error)}", expected=EXPECTED) from error
 
 
 def undecoded(table: Any, image_column: str, label_column: str, where: str) -> Any:
@@ -243,9 +243,5 @@ class HFDataset(LabelledPictures):
         try:
             cell = self._pictures[index][self._column]
         except Exception as error:  # pyarrow's, of a damaged file
-            raise BadPicture(f"{type(error).__name__}: {_first_line(error)}") from error
+            raise BadPicture(f"{type(error).__name__}: {first_line(error)}") from error
         return picture_bytes(cell, self._root)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or ["no detail"])[0][:200]

@@ -19,7 +19,7 @@ from acdit.data.classes import ClassList
 from acdit.data.hf import Labels, load_table, picture_bytes, undecoded
 from acdit.data.picture import BadPicture, decode_picture, height_width, require_channels
 from acdit.data.stream_order import Row, StreamOrder
-from acdit.errors import ConfigError, DataError
+from acdit.errors import ConfigError, DataError, first_line
 
 Sample = tuple[Tensor, int]
 
@@ -144,9 +144,8 @@ class StreamDataset:
         except (AssertionError, MemoryError):
             raise
         except Exception as error:  # the library's own, pyarrow's, the network's
-            detail = (str(error).strip().splitlines() or ["no detail"])[0][:200]
             raise DataError(
-                self._where, found=f"a stream that broke ({type(error).__name__}: {detail})",
+                self._where, found=f"a stream that broke ({type(error).__name__}: {first_line(error)})",
                 expected="readable data", fix="repair the file, or go on with --resume when the source is back",
             ) from error  # fmt: skip
 

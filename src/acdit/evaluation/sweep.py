@@ -59,7 +59,7 @@ def combinations(axes: Sequence[Axis]) -> list[dict[str, float]]:
 def require_matplotlib() -> None:
     """Raises ConfigError where the plot could not be drawn at the end: better said before the sampling."""
     try:
-        import matplotlib.figure  # noqa: F401
+        import matplotlib.figure  # noqa: F401 (only whether it is there)
     except ImportError:
         raise ConfigError(
             "--sweep", found="no matplotlib to draw its plot with", expected="the extra eval",

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from acdit.errors import ConfigError, DataError
+from acdit.errors import ConfigError, DataError, first_line
 from acdit.evaluation.inception import Features, FIDInception, flat_spatial, preprocess
 from acdit.pickles import load_checkpoint
 
@@ -115,8 +115,8 @@ class ScriptedInception(nn.Module):
         try:
             self.script = torch.jit.load(str(path), map_location="cpu")
         except Exception as error:  # RuntimeError and others, of a damaged archive
-            first = str(error).strip().splitlines()[0][:160]
-            raise DataError(f"--weights {path}", found=f"no readable TorchScript ({first})", expected=FORMS) from None
+            found = f"no readable TorchScript ({first_line(error)})"
+            raise DataError(f"--weights {path}", found=found, expected=FORMS) from None
         self.path = path
         self._accepts = {argument.name for argument in self.script.forward.schema.arguments}
         self._spatial = self._spatial_chain()
