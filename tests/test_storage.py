@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from acdit import storage
 from acdit.errors import StorageError
+from acdit.training.history import committed_checkpoints, prune
 
 
 def commit(path: Path, content: bytes = b"weights" * 50) -> Path:
@@ -91,7 +92,7 @@ def test_a_save_killed_at_any_step_is_there_wholly_or_not_at_all(tmp_path: Path)
         commit(published, b"new")
 
     def check() -> None:
-        for _, path in storage.committed_checkpoints(tmp_path):
+        for _, path in committed_checkpoints(tmp_path):
             storage.verify(path)
         storage.clean_leftovers(tmp_path)
         storage.verify(tmp_path / "checkpoint-1")
@@ -121,12 +122,12 @@ def test_a_prune_killed_at_any_step_leaves_whole_checkpoints(tmp_path: Path) -> 
         commit(tmp_path / f"checkpoint-{step}")
 
     def check() -> None:
-        checkpoints = storage.committed_checkpoints(tmp_path)
+        checkpoints = committed_checkpoints(tmp_path)
         assert [step for step, _ in checkpoints][-2:] == [4, 5]
         for _, path in checkpoints:
             storage.verify(path)
 
-    assert killed_at_every_step(lambda: storage.prune(tmp_path, 2), check) >= 2
+    assert killed_at_every_step(lambda: prune(tmp_path, 2), check) >= 2
     storage.clean_leftovers(tmp_path)
     assert sorted(place.name for place in tmp_path.iterdir()) == ["checkpoint-4", "checkpoint-5"]
 
@@ -135,7 +136,7 @@ def test_pruning_counts_only_checkpoints_that_verify(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         commit(tmp_path / f"checkpoint-{step}")
     (tmp_path / "checkpoint-3" / "model.bin").write_bytes(b"damaged")
-    storage.prune(tmp_path, 2)
+    prune(tmp_path, 2)
     assert (tmp_path / "checkpoint-1").is_dir()
     assert (tmp_path / "checkpoint-2").is_dir()
 
@@ -160,11 +161,11 @@ def test_a_full_disk_names_the_bytes_and_keeps_the_old(tmp_path: Path) -> None:
 def test_leftovers_are_not_checkpoints_and_are_cleaned(tmp_path: Path) -> None:
     (tmp_path / ".tmp-checkpoint-7-123-deadbeef").mkdir()
     (tmp_path / "checkpoint-9").mkdir()  # no manifest: never committed
-    assert storage.committed_checkpoints(tmp_path) == []
+    assert committed_checkpoints(tmp_path) == []
     storage.clean_leftovers(tmp_path)
     assert not list(tmp_path.glob(".tmp-*"))
     commit(tmp_path / "checkpoint-7")
-    assert [step for step, _ in storage.committed_checkpoints(tmp_path)] == [7]
+    assert [step for step, _ in committed_checkpoints(tmp_path)] == [7]
 
 
 def test_the_lock_names_its_holder_and_dies_with_it(tmp_path: Path) -> None:

@@ -23,13 +23,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from acdit.errors import ConfigError, StorageError
+from acdit.errors import StorageError
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 _TEMPORARY = ".tmp-"
-_CHECKPOINT = re.compile(r"checkpoint-(0|[1-9]\d*)")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
@@ -253,80 +252,18 @@ def is_committed(path: str | Path) -> bool:
     return (Path(path) / MANIFEST).is_file()
 
 
-def committed_checkpoints(run: str | Path) -> list[tuple[int, Path]]:
-    """(step, path) of every checkpoint-N with a commit marker, oldest first."""
-    found = []
-    for place in Path(run).glob("checkpoint-*"):
-        name = _CHECKPOINT.fullmatch(place.name)
-        if name and is_committed(place):
-            found.append((int(name[1]), place))
-    return sorted(found)
-
-
-def uncommitted_checkpoints(run: str | Path) -> list[tuple[int, Path]]:
-    """(step, path) of every directory called checkpoint-N without a commit marker, oldest first."""
-    found = [(_CHECKPOINT.fullmatch(place.name), place) for place in Path(run).glob("checkpoint-*")]
-    return sorted((int(name[1]), place) for name, place in found if name and not is_committed(place))
-
-
-def set_aside_later(run: str | Path, step: int) -> list[Path]:
-    """Rename what is called checkpoint-M with M > `step`. To be called by the holder of the run's lock.
-
-    A run that goes on from `step` writes a history of its own: later checkpoints of another one would count as newer
-    than its own, be resumed from, and push its own out of the number that is kept.
-
-    Returns:
-        The new places, abandoned-checkpoint-M-…; nothing is removed.
-    """
-    moved = []
-    for later, path in sorted(committed_checkpoints(run) + uncommitted_checkpoints(run)):
-        if later > step:
-            place = path.with_name(f"abandoned-{path.name}-{_unique()}")
-            path.rename(place)
-            moved.append(place)
-    if moved:
-        _sync(Path(run))
-        names = ", ".join(place.name for place in moved)
-        logger.warning("the run goes on from step %d; later checkpoints are set aside as %s", step, names)
-    return moved
-
-
-def prune(run: str | Path, keep: int) -> list[Path]:
-    """Remove the checkpoints that are older than the newest `keep` whole ones.
-
-    Each of those is verified now, right before anything goes: a damaged one does not count, and stays where it is
-    until `keep` whole ones are newer than it.
-
-    Returns:
-        What was removed.
-
-    Raises:
-        ConfigError: `keep` is less than 1.
-    """
-    if keep < 1:
-        raise ConfigError("keep", found=str(keep), expected="at least one checkpoint")
-    checkpoints = [path for _, path in committed_checkpoints(run)]
-    whole = 0
-    while whole < keep and len(checkpoints) + whole > keep:
-        path = checkpoints.pop()
-        try:
-            verify(path)
-        except StorageError as error:
-            logger.warning("%s is damaged and does not count among the checkpoints kept: %s", path.name, error)
-        else:
-            whole += 1
-    if whole < keep:
-        return []
-    for path in checkpoints:
-        remove_directory(path)
-    return checkpoints
+def move_aside(path: Path, prefix: str) -> Path:
+    """Give a file or directory a name of its own, <prefix>-<name>-…, beside its place; the new path."""
+    aside = path.with_name(f"{prefix}-{path.name}-{_unique()}")
+    _step("move aside")
+    path.rename(aside)
+    _sync(path.parent)
+    return aside
 
 
 def remove_directory(path: Path) -> None:
     """Remove a directory so that a kill never leaves half of it under its name."""
-    aside = path.with_name(f"{_TEMPORARY}gone-{path.name}-{_unique()}")
-    _step("move the doomed aside")
-    path.rename(aside)
+    aside = move_aside(path, f"{_TEMPORARY}gone")
     _step("remove the doomed")
     shutil.rmtree(aside)
 

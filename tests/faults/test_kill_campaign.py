@@ -23,6 +23,7 @@ from acdit import storage
 from acdit.recipe import Recipe
 from acdit.training import Trainer
 from acdit.training.ema import EMAWeights
+from acdit.training.history import committed_checkpoints
 from tests.training.runs import run, state_hash, tiny_recipe
 
 
@@ -36,7 +37,7 @@ def campaign_recipe() -> Recipe:
 def train_or_resume(output: Path) -> None:
     """What a child does: go on if there is anything to go on from."""
     torch.set_num_threads(1)
-    resume = "latest" if output.is_dir() and storage.committed_checkpoints(output) else None
+    resume = "latest" if committed_checkpoints(output) else None
     trainer = Trainer(campaign_recipe(), output, resume=resume, progress=False)
     trainer.train()
     (output / "finished").write_text(state_hash(trainer))
@@ -55,7 +56,7 @@ class Campaign:
     def child_ended(self, killed: bool) -> None:
         """Check what the child left; its last words are in `stderr`."""
         self.kills += killed
-        checkpoints = storage.committed_checkpoints(self.run) if self.run.is_dir() else []
+        checkpoints = committed_checkpoints(self.run)
         if checkpoints:
             storage.verify(checkpoints[-1][1])
             self.mid_run += killed

@@ -24,6 +24,7 @@ from acdit.errors import ConfigError, DataError, NonFiniteError, StorageError
 from acdit.recipe import recipe_to_yaml
 from acdit.training import Trainer, loop
 from acdit.training.ema import EMAWeights
+from acdit.training.history import committed_checkpoints
 from acdit.training.reporting import Report
 from tests.training.runs import run, state_hash, tiny_recipe
 
@@ -205,7 +206,7 @@ def test_going_on_from_an_older_checkpoint_never_loses_the_new_work(tmp_path: Pa
     run(tiny_recipe(**options), tmp_path)
     recipe = tiny_recipe(**{**options, "train__keep_checkpoints": 1, "train__steps": 5})
     resumed = run(recipe, tmp_path, resume="checkpoint-2")
-    assert [step for step, _ in storage.committed_checkpoints(tmp_path)] == [5]
+    assert [step for step, _ in committed_checkpoints(tmp_path)] == [5]
     aside = sorted(path.name.split("-")[2] for path in tmp_path.glob("abandoned-checkpoint-*"))
     assert aside == ["4", "6"]
     again = Trainer(recipe, tmp_path, resume="latest", progress=False)
@@ -247,7 +248,7 @@ def test_a_picture_that_fails_costs_no_steps(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(Report, "samples", broken)
     with pytest.raises(OSError, match="No space"):
         run(tiny_recipe(train__sample_every=2), tmp_path)
-    assert [step for step, _ in storage.committed_checkpoints(tmp_path)] == [2]
+    assert [step for step, _ in committed_checkpoints(tmp_path)] == [2]
 
 
 def test_a_new_run_does_not_overwrite_an_old_one(copied: Path) -> None:
@@ -303,7 +304,7 @@ def test_a_non_finite_step_is_not_taken_and_nothing_is_published(
         trainer.train()
     assert error.value.exit_code == 4
     assert all(torch.equal(value, before[name]) for name, value in trainer.state.model.state_dict().items())
-    assert [step for step, _ in storage.committed_checkpoints(tmp_path)] == [3]
+    assert [step for step, _ in committed_checkpoints(tmp_path)] == [3]
     assert json.loads((tmp_path / "checkpoint-3" / "state.json").read_text())["step"] == 3
 
 
@@ -398,7 +399,7 @@ def test_a_signal_ends_the_run_after_the_step_and_saves(number: int, code: int, 
     _, errors = process.communicate(timeout=60)
     assert process.returncode == code, errors.decode()
     assert b"Traceback" not in errors
-    ((step, path),) = storage.committed_checkpoints(tmp_path / "run")
+    ((step, path),) = committed_checkpoints(tmp_path / "run")
     storage.verify(path)
     assert step >= 3
     assert json.loads(log.read_text().splitlines()[-1])["step"] == step

@@ -20,6 +20,7 @@ from acdit.cli import main
 from acdit.errors import ConfigError, StorageError
 from acdit.recipe import recipe_to_yaml
 from acdit.training.consolidate import consolidate
+from acdit.training.history import committed_checkpoints
 from acdit.training.shards import Part
 from tests.training.runs import run, tiny_recipe
 from tests.training.worker import EXACT, FSDP2, LAYERS
@@ -44,7 +45,7 @@ def launch(scenario: str, directory: Path, processes: int) -> None:
 def cut_to(run: Path, step: int, copy: Path) -> Path:
     """A copy of a run that was killed right after its checkpoint of a step."""
     shutil.copytree(run, copy)
-    for later, path in storage.committed_checkpoints(copy):
+    for later, path in committed_checkpoints(copy):
         if later > step:
             shutil.rmtree(path)
     return copy
@@ -181,7 +182,7 @@ def test_a_save_that_fails_on_one_process_ends_all_with_exit_5(runs: Path, case:
     """Reliability row 17; the checkpoint before stays and nothing half-written is left."""
     place = runs / f"full-{case}"
     assert [json.loads((place / f"code-{rank}").read_text()) for rank in (0, 1)] == [5, 5]
-    assert [step for step, _ in storage.committed_checkpoints(place / "run")] == [2]
+    assert [step for step, _ in committed_checkpoints(place / "run")] == [2]
     assert storage.verify(place / "run" / "checkpoint-2")
     assert not list((place / "run").glob(".tmp-*"))
 

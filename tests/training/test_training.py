@@ -168,6 +168,12 @@ def test_a_run_leaves_what_the_readme_promises(tmp_path: Path) -> None:
     assert pipeline.get_label_ids("7") == [7]
 
 
+def test_looking_at_the_averages_leaves_training_alone(tmp_path: Path) -> None:
+    quiet = run(tiny_recipe(), tmp_path / "quiet")
+    looking = run(tiny_recipe(train__sample_every=1), tmp_path / "looking", evaluate=lambda *_: {"score": 1.0})
+    assert state_hash(looking) == state_hash(quiet)
+
+
 def test_the_decay_can_start_from_a_checkpoint_of_the_constant_phase(tmp_path: Path) -> None:
     constant = tiny_recipe(optim__schedule="constant", train__steps=4)
     run(constant, tmp_path / "constant")

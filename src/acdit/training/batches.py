@@ -23,6 +23,7 @@ from acdit.data.build import Dataset, length
 from acdit.data.picture import CROP_DRAWS
 from acdit.data.stream import StreamDataset
 from acdit.errors import AcditError, DataError
+from acdit.processes import Processes
 from acdit.training.build import Built
 
 
@@ -93,6 +94,8 @@ class Batches:
             range(start + i * self.micro_batch, start + (i + 1) * self.micro_batch) for i in range(optim.accumulation)
         ]
         """Positions in the global batch, a range per micro-batch."""
+        # Without a group the positions of several processes can be looked at in one: nobody else has to agree.
+        self._peers = Processes(rank, world_size) if torch.distributed.is_initialized() else Processes()
         own = getattr(built.dataset, "bad_files", None)
         self.bad_files = BadFiles(built.recipe.data.max_bad_files, own.reasons if own is not None else None)
         """What all loader workers of all processes have met, up to the step that was handed out last."""
@@ -128,9 +131,8 @@ class Batches:
             step += 1
 
     def _from_memory(self) -> Iterator[_Loaded]:
-        dataset: Any = (
-            self.built.dataset
-        )  # one that holds its images holds its labels too: the protocol asks for neither
+        # A data set that holds its images holds its labels too: the protocol asks for neither.
+        dataset: Any = self.built.dataset
         labels = torch.as_tensor(dataset.labels)
         for wanted in self._wanted():
             indices = [index for index, _ in wanted]
@@ -167,15 +169,11 @@ class Batches:
         """
         news = {name: reason for part in parts for name, reason in part.bad_files.items()}
         error = next((part.error for part in parts if part.error is not None), None)
-        if not self._in_memory and torch.distributed.is_available() and torch.distributed.is_initialized():
-            flag = torch.tensor(float(bool(news) or error is not None), device=self.device)
-            torch.distributed.all_reduce(flag)
-            if flag > 0:  # rarely: names travel only then
-                told: list[Any] = [None] * torch.distributed.get_world_size()
-                torch.distributed.all_gather_object(told, (news, error and str(error)))
-                news = {name: reason for names, _ in told for name, reason in names.items()}
-                if error is None and (message := next((text for _, text in told if text is not None), None)):
-                    error = DataError(f"another process: {message}")
+        if not self._in_memory and self._peers.any(bool(news) or error is not None):  # rarely: names travel only then
+            told = self._peers.gather((news, None if error is None else str(error)))
+            news = {name: reason for names, _ in told for name, reason in names.items()}
+            if error is None and (message := next((text for _, text in told if text is not None), None)):
+                error = DataError(f"another process: {message}")
         for name, reason in news.items():
             self.bad_files.add(name, reason)
         if error is not None:

@@ -28,6 +28,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from acdit import storage
 from acdit.errors import ConfigError, StorageError
 from acdit.recipe import Recipe, difference, recipe_from_dict, recipe_to_dict
+from acdit.training import history
 from acdit.training.build import Built
 from acdit.training.ema import EMAWeights
 from acdit.training.lr_schedules import lr_factor
@@ -100,14 +101,14 @@ def save(state: RunState, recipe: Recipe, run: Path, built: Built, parallel: Par
 
     def conclude() -> None:
         storage.verify(path)
-        storage.prune(run, recipe.train.keep_checkpoints)
+        history.prune(run, recipe.train.keep_checkpoints)
 
     if parallel.sharded:
         with atomic_directory(parallel, path, needed) as directory:
             fill(directory)
     else:
-        parallel.on_main(commit_alone)
-    parallel.on_main(conclude)
+        parallel.processes.by_first(commit_alone)
+    parallel.processes.by_first(conclude)
     return path
 
 
@@ -162,21 +163,21 @@ def find(run: Path, wanted: str, *, allow_inexact: bool = False) -> Path:
     if wanted != "latest":
         path = next((place for place in (run / wanted, Path(wanted)) if place.is_dir()), None)
         if path is None:
-            held = [place.name for _, place in storage.committed_checkpoints(run)] if run.is_dir() else []
+            held = [place.name for _, place in history.committed_checkpoints(run)]
             raise StorageError(
                 f"checkpoint {wanted}", found="no such directory", expected=f"one of {held or 'none: the run has none'}"
             )
         storage.verify(path, may_miss)
         return path
-    candidates = storage.committed_checkpoints(run) if run.is_dir() else []
+    candidates = history.committed_checkpoints(run)
     for step, path in reversed(candidates):
         try:
             storage.verify(path, may_miss)
         except StorageError as error:
             logger.warning("%s is damaged and is passed over: %s", path.name, error)
             continue
-        for later, other in storage.uncommitted_checkpoints(run):
-            if later > step:
+        for later, other in history.all_checkpoints(run):
+            if later > step and not storage.is_committed(other):
                 logger.warning("%s has no %s and is passed over", other.name, storage.MANIFEST)
         return path
     damaged = f"{len(candidates)} checkpoints, none of them whole"
@@ -277,12 +278,7 @@ def restore(
             )  # fmt: skip
         warnings.append("not bit-exact: the checkpoint has no generator states")
     for part, target in targets.items():
-        source = sources[part]
-        wrong = sorted(set(target) ^ source.names) or [n for n in target if target[n].shape != source.shape(n)]
-        if wrong:
-            raise StorageError(
-                f"{source.place}", found=f"missing, extra or misshaped: {', '.join(wrong)}", expected=part
-            )
+        sources[part].require({name: tuple(tensor.shape) for name, tensor in target.items()})
     with torch.no_grad():
         for part, target in targets.items():
             for name, tensor in target.items():

@@ -9,7 +9,7 @@ import torch
 
 from acdit import storage
 from acdit.codecs import load_vae
-from acdit.errors import ConfigError, StorageError
+from acdit.errors import ConfigError
 from acdit.model import ACDiTTransformer
 from acdit.recipe import Recipe, recipe_from_dict
 from acdit.training.build import assemble, build_model
@@ -84,9 +84,7 @@ def read_model(checkpoint: Path, part: str, recipe: Recipe, shards: int) -> ACDi
     source = Part(checkpoint, part, shards)
     model = empty_model(recipe)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    wrong = sorted(set(shapes) ^ source.names) or [name for name in shapes if shapes[name] != source.shape(name)]
-    if wrong:
-        raise StorageError(f"{source.place}", found=f"missing, extra or misshaped: {', '.join(wrong)}", expected=part)
+    source.require(shapes)
     model.load_state_dict({name: source.tensor(name) for name in shapes}, assign=True)
     return model
 

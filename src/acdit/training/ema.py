@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
@@ -44,18 +41,6 @@ class EMAWeights:
         parameters = _rows(model)
         for average in self._averages:
             average.step(parameters)
-
-    @contextmanager
-    def applied(self, model: nn.Module, index: int = 0) -> Iterator[None]:
-        """Inside, the model holds the averaged weights; afterwards exactly its own again."""
-        rows = _rows(model)
-        own = [row.detach().clone() for row in rows]
-        self._averages[index].copy_to(rows)
-        try:
-            yield
-        finally:
-            for row, value in zip(rows, own, strict=True):
-                row.data.copy_(value)
 
     def weights(self, index: int) -> dict[str, Tensor]:
         """The averaged weights by parameter name; the tensors themselves, not copies."""

@@ -25,12 +25,12 @@ from acdit.data.stream import StreamDataset
 from acdit.errors import ConfigError, NonFiniteError, StorageError
 from acdit.pipelines import ACDiTPipeline
 from acdit.recipe import Recipe, recipe_from_dict, recipe_to_yaml
-from acdit.training import checkpoints
+from acdit.training import checkpoints, history
 from acdit.training.batches import Batch, Batches
 from acdit.training.build import Built, build, parameter_groups
 from acdit.training.checkpoints import RunState
 from acdit.training.consolidate import empty_model, publish
-from acdit.training.ema import EMAWeights, ema_variant
+from acdit.training.ema import EMAWeights
 from acdit.training.lr_schedules import decay_start, make_lr_scheduler
 from acdit.training.parallel import Parallel
 from acdit.training.reporting import Report
@@ -95,7 +95,7 @@ class Trainer:
             lr_scheduler=make_lr_scheduler(optimizer, recipe.optim, self.built.total_steps),
         )
         with self.parallel.peers():
-            source = self.parallel.on_main(lambda: self._source(resume, branch_from, allow_inexact))
+            source = self.parallel.processes.by_first(lambda: self._source(resume, branch_from, allow_inexact))
         if source is not None:
             self._restore(source, branch=branch_from is not None, allow_inexact=allow_inexact)
         self._interrupted: int | None = None
@@ -112,17 +112,17 @@ class Trainer:
         """
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.parallel.peers())
-            self.parallel.on_main(lambda: self._open(stack))
+            self.parallel.processes.by_first(lambda: self._open(stack))
             stack.enter_context(self._signals())
             self._loop()
-            self.parallel.barrier()
+            self.parallel.processes.wait_for_all()
             return ACDiTPipeline.from_pretrained(self.run / "model")
 
     def _open(self, stack: contextlib.ExitStack) -> None:
         """The run's directory, held until the stack is closed."""
         stack.enter_context(storage.RunLock(self.run))
         storage.clean_leftovers(self.run)
-        storage.set_aside_later(self.run, self.state.step)
+        history.set_aside_later(self.run, self.state.step)
         storage.write_text_atomic(self.run / "recipe.yaml", recipe_to_yaml(self.recipe))
 
     def _loop(self) -> None:
@@ -171,7 +171,7 @@ class Trainer:
             total += loss.detach().double().cpu()
         total *= parallel.world_size / parallel.gradient_scale
         norm = parallel.clip(state.model, self.recipe.optim.max_grad_norm)
-        if parallel.any(not (math.isfinite(norm) and math.isfinite(float(total)))):
+        if parallel.processes.any(not (math.isfinite(norm) and math.isfinite(float(total)))):
             raise NonFiniteError(
                 f"step {state.step + 1}", found=f"loss {float(total):g}, gradient norm {norm:g}",
                 expected="finite numbers",
@@ -195,36 +195,32 @@ class Trainer:
 
     def _log(self, report: Report, norm: float) -> None:
         state = self.state
-        mean = torch.tensor(self.parallel.mean(state.loss_sum / max(1, state.loss_count)))
+        loss = self.parallel.processes.mean(state.loss_sum / max(1, state.loss_count))
         state.loss_sum, state.loss_count = 0.0, 0
         report.record(
-            state.step, {"loss": float(mean), "lr": float(state.lr_scheduler.get_last_lr()[0]), "gradient_norm": norm}
+            state.step, {"loss": loss, "lr": float(state.lr_scheduler.get_last_lr()[0]), "gradient_norm": norm}
         )
 
     def _draw(self, report: Report) -> None:
-        """Samples and evaluation by the first process; under FSDP2 it gets a whole copy of the averaged weights."""
-        state = self.state
-        if self.parallel.sharded:
-            weights = whole(state.ema.weights(0), keep=self.parallel.main)
-            if self.parallel.main:
-                model = empty_model(self.recipe)
-                model.load_state_dict(weights, assign=True)
-                self._look_at(dataclasses.replace(self.built, model=model).pipeline(), report)
-        elif self.parallel.main:
-            with state.ema.applied(state.model):
-                self._look_at(self.built.pipeline(), report)
-
-    def _look_at(self, pipeline: ACDiTPipeline, report: Report) -> None:
+        """Samples and evaluation by the first process, with a model of its own around the averaged weights."""
+        weights = whole(self.state.ema.weights(0), keep=self.parallel.main)
+        if not self.parallel.main:
+            return
+        model = empty_model(self.recipe)
+        model.load_state_dict(weights, assign=True)
+        pipeline = dataclasses.replace(self.built, model=model).pipeline()
         report.samples(pipeline, self.state.step)
         if self.evaluate is not None:
             report.record(self.state.step, self.evaluate(pipeline, self.state.step))
 
     def _save(self) -> None:
         """Checkpoint and published model; all processes stop when one of them fails."""
-        self.state.loss_sum = self.parallel.mean(self.state.loss_sum)  # any number of processes can go on from it
+        self.state.loss_sum = self.parallel.processes.mean(
+            self.state.loss_sum
+        )  # any number of processes can go on from it
         place = self._place_in_data()
         checkpoint = checkpoints.save(self.state, self.recipe, self.run, self.built, self.parallel, place)
-        self.parallel.on_main(lambda: self._publish(checkpoint))
+        self.parallel.processes.by_first(lambda: publish(checkpoint, self.run / "model", self.built.vae))
 
     def _place_in_data(self) -> dict[str, Any]:
         dataset = self.built.dataset
@@ -233,24 +229,11 @@ class Trainer:
             place["stream"] = dataset.state(self.state.step * self.recipe.optim.batch_size)
         return place
 
-    def _publish(self, checkpoint: Path) -> None:
-        """model/: the first average as the pipeline's weights, the others as variants; see `ema_variant`."""
-        if self.parallel.sharded:
-            publish(checkpoint, self.run / "model", self.built.vae)
-            return
-        ema, model = self.state.ema, self.state.model
-        with storage.atomic_directory(self.run / "model") as directory:
-            with ema.applied(model, 0):
-                self.built.pipeline().save_pretrained(directory)
-            for index, decay in enumerate(ema.decays[1:], start=1):
-                with ema.applied(model, index):
-                    self.built.model.save_pretrained(directory / "transformer", variant=ema_variant(decay))
-
     def _source(self, resume: str | None, branch_from: str | Path | None, allow_inexact: bool) -> Path | None:
         """The checkpoint to start from, if any; a new run's directory must hold none."""
         if resume is not None:
             return checkpoints.find(self.run, resume, allow_inexact=allow_inexact)
-        if self.run.is_dir() and storage.committed_checkpoints(self.run):
+        if history.committed_checkpoints(self.run):
             raise StorageError(
                 f"{self.run}", found="checkpoints of an earlier run", expected="an empty directory for a new run",
                 fix="add --resume to go on, or choose another --output",
@@ -313,7 +296,7 @@ class Trainer:
                 signal.signal(number, handler)
 
     def _stop_requested(self) -> bool:
-        requested = self.parallel.any(self._interrupted is not None)
+        requested = self.parallel.processes.any(self._interrupted is not None)
         if requested and self._interrupted is None:
             self._interrupted = signal.SIGTERM
         return requested

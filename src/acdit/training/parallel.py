@@ -11,11 +11,10 @@ import contextlib
 import functools
 import math
 import os
-import re
 import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -25,22 +24,10 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from acdit.errors import AcditError, PeerLostError, StorageError
 from acdit.model import ACDiTTransformer
+from acdit.processes import Processes, leave, peers_needed
 from acdit.recipe import Recipe
 from acdit.recompute import checkpoint_elementwise
-
-Result = TypeVar("Result")
-
-
-def _leave() -> None:
-    """Before the interpreter ends: a backend's thread that still runs then makes the process abort, all work done."""
-    if distributed.is_initialized():
-        distributed.destroy_process_group()
-
-
-# What torch's backends write when another process is gone: gloo and the stores raise plain RuntimeErrors.
-_LOST = re.compile(r"gloo|nccl|connection (was )?(closed|reset|refused)|timed out|broken pipe|socket", re.IGNORECASE)
 
 
 class Parallel:
@@ -65,15 +52,16 @@ class Parallel:
             if self.world_size > 1 and "RANK" in os.environ and not distributed.is_initialized():
                 # Before accelerate does it: it would pass over a timeout that happens to be its own default.
                 distributed.init_process_group(backend, timeout=timeout)
-                atexit.register(_leave)
+                atexit.register(leave)
             # accelerate keeps its precision for the whole process: autocast is entered per run instead.
             self._accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
         self.device = self._accelerator.device
         self.rank, self.world_size = self._accelerator.process_index, self._accelerator.num_processes
-        self.main = self.rank == 0
+        self.processes = Processes(self.rank, self.world_size, self._accelerator.local_process_index)
+        self.main = self.processes.is_first
         if self.sharded and not distributed.is_initialized():  # FSDP2 wants a group, be it of one
             distributed.init_process_group(backend, store=distributed.HashStore(), rank=0, world_size=1)
-            atexit.register(_leave)
+            atexit.register(leave)
 
     @property
     def gradient_scale(self) -> float:
@@ -146,70 +134,11 @@ class Parallel:
 
     # --- the other processes -------------------------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def peers(self) -> Iterator[None]:
+    def peers(self) -> contextlib.AbstractContextManager[None]:
         """Inside, a broken connection to another process becomes a `PeerLostError`."""
-        try:
-            yield
-        except RuntimeError as error:
-            lost = isinstance(error, distributed.DistError) or _LOST.search(str(error))
-            if self.world_size == 1 or not lost:
-                raise
-            said = str(error).strip().splitlines()[0]
-            raise PeerLostError(
-                "another process of this run", found=f"no answer ({said[:160]})",
-                expected=f"an answer within train.timeout_seconds={self.recipe.train.timeout_seconds}",
-                fix="read the other processes' messages; then start all of them again with --resume",
-            ) from error  # fmt: skip
-
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is up in any process."""
-        return flag if self.world_size == 1 else self._sum(float(flag)) > 0
-
-    def mean(self, value: float) -> float:
-        """The mean of the processes' values."""
-        return value if self.world_size == 1 else self._sum(value) / self.world_size
-
-    def _sum(self, value: float) -> float:
-        total = torch.tensor(value, dtype=torch.float64, device=self.device)
-        distributed.all_reduce(total)
-        return float(total)
-
-    def barrier(self) -> None:
-        """Wait for all processes."""
-        self._accelerator.wait_for_everyone()
-
-    def gather(self, value: Result) -> list[Result]:
-        """Every process's value, in the order of ranks, in every process."""
         if self.world_size == 1:
-            return [value]
-        values: list[Any] = [None] * self.world_size
-        distributed.all_gather_object(values, value)
-        return values
-
-    def on_main(self, work: Callable[[], Result]) -> Result:
-        """Do something in the first process only; all get its result, or raise its error and end with its exit code.
-
-        Args:
-            work: returns a value that can be pickled.
-
-        Raises:
-            AcditError: what `work` raised, in every process.
-        """
-        if self.world_size == 1:
-            return work()
-        outcome: list[Any] = [None, None]
-        failure: Exception | None = None
-        if self.main:
-            try:
-                outcome[0] = work()
-            except (AcditError, OSError) as error:
-                failure = error
-                told = type(error) if isinstance(error, AcditError) else StorageError
-                outcome[1] = told(f"{error}")
-        distributed.broadcast_object_list(outcome, src=0)
-        if failure is not None:
-            raise failure
-        if outcome[1] is not None:
-            raise outcome[1]
-        return outcome[0]
+            return contextlib.nullcontext()
+        return peers_needed(
+            f"an answer within train.timeout_seconds={self.recipe.train.timeout_seconds}",
+            "read the other processes' messages; then start all of them again with --resume",
+        )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -41,11 +41,12 @@ def cut_like(rows: Tensor, parameter: Tensor) -> Tensor:
 
 
 def whole(tensors: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
-    """The tensors with all their rows; every process must call it, those that `keep` get the result."""
+    """The tensors with all their rows, themselves where they are not cut; every process must call it, those that
+    `keep` get the result."""
     kept = {}
     for name, tensor in tensors.items():
         with torch.no_grad():
-            full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
+            full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         if keep:
             kept[name] = full
     return kept
@@ -101,6 +102,7 @@ class Part:
     """
 
     def __init__(self, checkpoint: Path, part: str, shards: int = 1) -> None:
+        self.part = part
         self.place = checkpoint / (file_name(part) if shards == 1 else f"{part}-*-of-{shards:05d}.safetensors")
         self._files = []
         self._shapes: dict[str, list[list[int]]] = {}
@@ -128,6 +130,18 @@ class Part:
         if not all(shapes) or len({tuple(shape[1:]) for shape in shapes}) > 1:
             return ()
         return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+
+    def require(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Refuse a part that has not exactly these tensors.
+
+        Raises:
+            StorageError: the names that are missing, extra or misshaped.
+        """
+        wrong = sorted(set(shapes) ^ self.names) or [name for name in shapes if shapes[name] != self.shape(name)]
+        if wrong:
+            raise StorageError(
+                f"{self.place}", found=f"missing, extra or misshaped: {', '.join(wrong)}", expected=self.part
+            )
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows start … stop − 1 of a tensor; no others are read. At least one."""
@@ -167,7 +181,7 @@ def atomic_directory(parallel: Parallel, path: Path, expected_bytes: int) -> Ite
         StorageError: in every process, when any could not write; `path` is as it was.
     """
     with contextlib.ExitStack() as stack:
-        directory = parallel.on_main(
+        directory = parallel.processes.by_first(
             lambda: stack.enter_context(storage.atomic_directory(path, expected_bytes=expected_bytes))
         )
         failure: Exception | None = None
@@ -180,7 +194,7 @@ def atomic_directory(parallel: Parallel, path: Path, expected_bytes: int) -> Ite
             yield directory
         except (OSError, SafetensorError, StorageError) as error:
             failure = error
-        said = parallel.gather(None if failure is None else str(failure))
+        said = parallel.processes.gather(None if failure is None else str(failure))
         if failure is not None and (parallel.main or isinstance(failure, StorageError)):
             raise failure  # in the first process storage explains it
         failed = [f"process {rank}: {text}" for rank, text in enumerate(said) if text is not None]
@@ -190,4 +204,4 @@ def atomic_directory(parallel: Parallel, path: Path, expected_bytes: int) -> Ite
                 fix="free some space, or choose another output directory",
             ) from failure  # fmt: skip
         commit = stack.pop_all()
-        parallel.on_main(commit.close)
+        parallel.processes.by_first(commit.close)
