@@ -15,21 +15,10 @@ from typing import Any
 import diffusers
 import torch
 
+from acdit.products import CPU_MULTIPLIES_BF16
+from acdit.provenance import processor
+
 RESULTS = Path(__file__).parent / "results"
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        found = re.search(r"^model name\s*: (.*)$", info.read_text(), re.MULTILINE)
-        if found:
-            return found[1]
-    return platform.processor() or platform.machine()
-
-
-def has_fast_bf16() -> bool:
-    """Whether the processor multiplies bf16 matrices in hardware (AMX or AVX512-BF16)."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def matmul_rate(dtype: torch.dtype, seconds: float = 2.0) -> float:
@@ -58,11 +47,11 @@ def commit() -> str:
 def describe(reference: str | None) -> dict[str, Any]:
     """Everything a result must carry."""
     return {
-        "processor": _processor(),
+        "processor": processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
-        "bf16_in_hardware": has_fast_bf16(),
+        "bf16_in_hardware": CPU_MULTIPLIES_BF16,
         "matmul_tflops": {
             "fp32": round(matmul_rate(torch.float32) / 1e12, 4),
             "bf16": round(matmul_rate(torch.bfloat16) / 1e12, 4),

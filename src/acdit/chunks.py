@@ -21,6 +21,7 @@ from tqdm import tqdm
 from acdit import storage
 from acdit.errors import ConfigError, StorageError
 from acdit.processes import Processes
+from acdit.recipe import differing
 
 logger = logging.getLogger(__name__)
 
@@ -116,14 +117,10 @@ class ChunkStore:
             raise StorageError(f"{file}", found=f"unreadable ({error})", expected="what the chunks depend on") from None
         if held == self.description:
             return
-        keys = sorted({*held, *self.description}) if isinstance(held, dict) else []
-        differing = [
-            f"{key}: {_short(held.get(key))} there, {_short(self.description.get(key))} now"
-            for key in keys
-            if held.get(key) != self.description.get(key)
-        ]
+        changed = differing(held, self.description) if isinstance(held, dict) else {}
+        listed = "; ".join(f"{key}: {old!s:.60} there, {new!s:.60} now" for key, (old, new) in changed.items())
         raise StorageError(
-            f"{self.folder}", found=f"parts made with other settings ({'; '.join(differing)})",
+            f"{self.folder}", found=f"parts made with other settings ({listed})",
             expected="the same settings", fix="choose another --output, or remove that folder",
         )  # fmt: skip
 
@@ -169,8 +166,3 @@ def make_missing(
                 store.save(chunk, make(start, stop))
                 bar.update(stop - start)
         processes.wait_for_all()
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}…"

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from acdit.corruption.gaussian import GaussianCorruption
 from acdit.errors import ConfigError, DataError, StorageError
 from acdit.model import ACDiTTransformer
-from acdit.pickles import describe, load_checkpoint, plain_tensors, printable
+from acdit.pickles import describe, load_checkpoint, plain_tensors, printable, require_shapes
 from acdit.storage import atomic_directory
 
 logger = logging.getLogger(__name__)
@@ -239,16 +239,9 @@ def _fitted(path: Path, config: Mapping[str, Any], state: Mapping[str, Tensor]) 
     except ConfigError as error:
         raise DataError(f"{path}: args and weights do not go together", found=str(error)) from None
     expected = {reference_name(name): shape for name, shape in shapes.items()}
-    found = {name: tuple(value.shape) for name, value in state.items()}
-    misfits = [f"missing {name}" for name in expected if name not in found]
-    misfits += [f"extra {name[:120]!r}" for name in found if name not in expected]
-    common = [name for name in expected if name in found]
-    misfits += [f"{name} is {found[name]}, not {expected[name]}" for name in common if found[name] != expected[name]]
-    if misfits:
-        raise DataError(
-            f"{path}: {len(misfits)} weights do not fit",
-            found="; ".join(misfits),
-            expected=f"those of {config['num_layers']} layers × {config['num_attention_heads']} heads and its layout",
-            fix="nothing was written; convert the checkpoint as the reference's training saved it",
-        )
+    require_shapes(
+        path, expected, state,
+        f"{config['num_layers']} layers × {config['num_attention_heads']} heads and its layout",
+        "convert the checkpoint as the reference's training saved it",
+    )  # fmt: skip
     return {name: state[reference_name(name)] for name in shapes}

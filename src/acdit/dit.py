@@ -23,8 +23,9 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_utils import ModelMixin  # noqa: F401 (diffusers looks for it where a class is found)
 from torch import Tensor
 
+from acdit.codecs import load_vae
 from acdit.errors import ConfigError, DataError, StorageError
-from acdit.pickles import describe, load_checkpoint, plain_tensors
+from acdit.pickles import describe, load_checkpoint, plain_tensors, require_shapes
 from acdit.storage import atomic_directory
 
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
@@ -112,7 +113,10 @@ def convert_dit(
         raise DataError(f"{path}: no DiT checkpoint", found=describe(content), expected=f"weights with {_SIGNATURE}")
     weights = plain_tensors(path, state)
     config = _sizes(path, weights, heads)
-    _require_fit(path, config, weights)
+    require_shapes(
+        path, _shapes(config), weights, f"a DiT of {config['num_layers']} blocks",
+        "convert the checkpoint as DiT's authors released or DiT's training saved it",
+    )  # fmt: skip
     autoencoder = None if vae is None else _autoencoder(vae, config["in_channels"])
     with torch.device("meta"):
         transformer = DiTTransformer(**config)
@@ -191,24 +195,6 @@ def _shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _require_fit(path: Path, config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
-    expected, found = _shapes(config), {name: tuple(value.shape) for name, value in weights.items()}
-    misfits = [f"missing {name}" for name in expected if name not in found]
-    misfits += [f"extra {name[:120]!r}" for name in found if name not in expected]
-    misfits += [
-        f"{name} is {found[name]}, not {shape}"
-        for name, shape in expected.items()
-        if name in found and found[name] != shape
-    ]
-    if misfits:
-        raise DataError(
-            f"{path}: {len(misfits)} weights do not fit",
-            found="; ".join(misfits),
-            expected=f"those of a DiT of {config['num_layers']} blocks",
-            fix="nothing was written; convert the checkpoint as DiT's authors released or DiT's training saved it",
-        )
-
-
 def _renamed(weights: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]:
     """DiT's weights under diffusers' names; its one pair of embedders is repeated in every block."""
     renamed = {
@@ -241,17 +227,10 @@ def _linear(weights: Mapping[str, Tensor], theirs: str, ours: str) -> dict[str, 
 
 
 def _autoencoder(folder: str | Path, channels: int) -> AutoencoderKL:
-    if not Path(folder).is_dir():
-        raise ConfigError("vae", found=f"no folder {folder}", expected="a folder of a diffusers AutoencoderKL")
-    try:
-        vae = AutoencoderKL.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0][:160]
+    vae = load_vae(str(folder))
+    if not isinstance(vae, AutoencoderKL) or vae.config.latent_channels != channels:
         raise ConfigError(
-            "vae", found=f"{folder}: {reason}", expected="a folder of a diffusers AutoencoderKL"
-        ) from None
-    if vae.config.latent_channels != channels:
-        raise ConfigError(
-            "vae", found=f"{vae.config.latent_channels} latent channels", expected=f"{channels}, as the DiT has"
-        )
+            f"vae {folder}", found=f"{type(vae).__name__}, {vae.config.latent_channels} latent channels",
+            expected=f"an AutoencoderKL with {channels}, as the DiT has",
+        )  # fmt: skip
     return vae

@@ -30,6 +30,7 @@ from acdit.data.bad_files import BadFiles
 from acdit.data.images import ImagesDataset
 from acdit.data.latents import FORMAT, KIND, LatentsManifest, Shard, VAEIdentity
 from acdit.errors import ConfigError, DataError, NonFiniteError, StorageError
+from acdit.recipe import differing
 from acdit.workers import Progress, run_tasks
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 POSTERIORS = ("mode", "sample", "moments")
 CROP = "adm-center"  # what `acdit.data.picture.resize_and_crop` does
 PLAN = "encode.json"
-_UNCOMPARED = ("vae.id", "vae.subfolder", "versions")  # where things lie, and with what; the identity is compared
+_UNCOMPARED = ("vae.id", "vae.subfolder")  # where it lies; the identity is compared
 
 
 @dataclass(frozen=True)
@@ -296,25 +297,17 @@ def _begin(output: Path, plan: dict[str, Any]) -> dict[str, Any]:
             raise ValueError("another kind or format")
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise StorageError(f"{file}", found=f"unreadable ({error})", expected="a begun encoding") from None
-    old, new = _flat(begun), _flat(plan)
-    changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-    if "versions" in {key.partition(".")[0] for key in changed}:
+    changed = differing(begun, plan)
+    if any(key.startswith("versions.") for key in changed):
         logger.warning("not bit-exact: begun with %s, now %s", begun["versions"], plan["versions"])
-    changed = [key for key in changed if key not in _UNCOMPARED and not key.startswith("versions.")]
+    changed = {key: pair for key, pair in changed.items() if key not in _UNCOMPARED and not key.startswith("versions.")}
     if changed:
-        listed = ", ".join(f"{key} was {old.get(key)!s:.60}, is {new.get(key)!s:.60}" for key in changed)
+        listed = ", ".join(f"{key} was {old!s:.60}, is {new!s:.60}" for key, (old, new) in changed.items())
         raise ConfigError(
             f"{output}", found=f"an encoding begun with other settings: {listed}", expected="the same settings",
             fix="give the settings it was begun with, or choose another --output",
         )  # fmt: skip
     return dict(begun)
-
-
-def _flat(plan: dict[str, Any]) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in plan.items():
-        flat |= {f"{key}.{name}": inner for name, inner in value.items()} if isinstance(value, dict) else {key: value}
-    return flat
 
 
 def _shard_name(number: int) -> str:

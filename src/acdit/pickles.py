@@ -159,6 +159,33 @@ def describe(value: Any) -> str:
     return f"a {type(value).__name__}"
 
 
+def require_shapes(
+    path: Path, expected: Mapping[str, tuple[int, ...]], weights: Mapping[str, Tensor], model: str, fix: str
+) -> None:
+    """Refuse weights that have not exactly the names and shapes of a model.
+
+    Args:
+        path: of the file, for the message.
+        expected: names and shapes.
+        weights: what the file has.
+        model: whose names and shapes these are, for the message.
+        fix: what helps.
+
+    Raises:
+        DataError: what is missing, extra or misshaped, all of it.
+    """
+    found = {name: tuple(value.shape) for name, value in weights.items()}
+    misfits = [f"missing {name}" for name in expected if name not in found]
+    misfits += [f"extra {name[:120]!r}" for name in found if name not in expected]
+    common = [name for name in expected if name in found]
+    misfits += [f"{name} is {found[name]}, not {expected[name]}" for name in common if found[name] != expected[name]]
+    if misfits:
+        raise DataError(
+            f"{path}: {len(misfits)} weights do not fit",
+            found="; ".join(misfits), expected=f"those of {model}", fix=f"nothing was written; {fix}",
+        )  # fmt: skip
+
+
 def _shortened(error: BaseException) -> str:
     # torch's own message recommends to load the file without protection: only what it found is repeated.
     found = str(error).split("WeightsUnpickler error:")[-1].split(" Please use ")[0]

@@ -52,14 +52,15 @@ def machine() -> dict[str, Any]:
     """What the command ran on."""
     return {
         "system": f"{platform.system()} {platform.machine()}",
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "cuda": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
     }
 
 
-def _processor() -> str:
+def processor() -> str:
+    """What the processor calls itself."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -72,7 +73,19 @@ def weights_sha256(*modules: nn.Module) -> str:
     """sha256 over names, dtypes, shapes and bits of all parameters and buffers; files' formats play no part."""
     digest = hashlib.sha256()
     for module in modules:
-        for name, value in sorted(module.state_dict().items()):
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        update_with_weights(digest, module)
     return digest.hexdigest()
+
+
+def update_with_weights(digest: Any, module: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Feed names, dtypes, shapes and bits of a module's parameters and buffers to a hash.
+
+    Args:
+        digest: of hashlib.
+        module: whose weights.
+        dtype: take the weights in it, so that the precision they are held in plays no part; None: as they are.
+    """
+    for name, value in sorted(module.state_dict().items()):
+        value = value.detach().to("cpu", dtype).contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy())

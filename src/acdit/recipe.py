@@ -314,8 +314,14 @@ def recipe_to_json(recipe: Recipe) -> str:
 
 def difference(one: Recipe, other: Recipe) -> dict[str, tuple[Any, Any]]:
     """Fields that differ, by dotted path."""
-    left, right = flatten(recipe_to_dict(one)), flatten(recipe_to_dict(other))
-    return {path: (left[path], right[path]) for path in left if left[path] != right[path]}
+    return differing(recipe_to_dict(one), recipe_to_dict(other))
+
+
+def differing(one: dict[str, Any], other: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What differs between two trees of settings, by dotted path; None stands for what is missing."""
+    left, right = flatten(one), flatten(other)
+    paths = dict.fromkeys([*left, *right])
+    return {path: (left.get(path), right.get(path)) for path in paths if left.get(path) != right.get(path)}
 
 
 def flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:

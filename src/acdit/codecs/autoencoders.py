@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from acdit.errors import ConfigError, first_line
+from acdit.provenance import update_with_weights
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _TINY_TILED = (4, 8)  # latent channels and spatial factor that diffusers' tiled AutoencoderTiny is written for
@@ -93,9 +94,7 @@ def vae_sha256(vae: Any) -> str:
         if key in defaults and json.dumps(value) != json.dumps(defaults[key], default=str)
     }
     digest = hashlib.sha256(json.dumps([type(vae).__name__, settings], sort_keys=True).encode())
-    for name, tensor in sorted(vae.state_dict().items()):
-        values = tensor.detach().float().cpu().contiguous()
-        digest.update(f"{name} {tuple(values.shape)}".encode() + values.numpy().tobytes())
+    update_with_weights(digest, vae, torch.float32)
     return digest.hexdigest()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import struct
@@ -199,6 +200,8 @@ class _Stored:
         self._store = store
         self.settings: dict[str, Any] | None = store.description
         self.description = {"kind": "drawn", "count": store.total, **store.description}
+        self._last = functools.lru_cache(maxsize=1)(lambda chunk: store.load(chunk)["images"])
+        """Batches are read in order, several out of a chunk."""
 
     def __len__(self) -> int:
         return self._store.total
@@ -209,7 +212,7 @@ class _Stored:
     def read(self, start: int, stop: int) -> Tensor:
         size = self._store.chunk_size
         first = start // size
-        chunks = [self._store.load(chunk)["images"] for chunk in range(first, (stop - 1) // size + 1)]
+        chunks = [self._last(chunk) for chunk in range(first, (stop - 1) // size + 1)]
         return torch.cat(chunks)[start - first * size : stop - first * size]
 
 

@@ -215,9 +215,8 @@ class Trainer:
 
     def _save(self) -> None:
         """Checkpoint and published model; all processes stop when one of them fails."""
-        self.state.loss_sum = self.parallel.processes.mean(
-            self.state.loss_sum
-        )  # any number of processes can go on from it
+        # A mean: any number of processes can go on from it.
+        self.state.loss_sum = self.parallel.processes.mean(self.state.loss_sum)
         place = self._place_in_data()
         checkpoint = checkpoints.save(self.state, self.recipe, self.run, self.built, self.parallel, place)
         self.parallel.processes.by_first(lambda: publish(checkpoint, self.run / "model", self.built.vae))
