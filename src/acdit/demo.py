@@ -20,6 +20,7 @@ from acdit import pictures, provenance, storage
 from acdit.data import DigitsDataset
 from acdit.errors import StorageError
 from acdit.evaluation import matched_frechet_distance, nearest_training_distance, train_classifier
+from acdit.generation import SamplingSettings, draw_pictures
 from acdit.pipelines import ACDiTPipeline
 from acdit.recipe import Recipe, load_recipe
 from acdit.strict_yaml import read_yaml
@@ -103,20 +104,15 @@ def run_demo(
 
 def draw_samples(pipeline: ACDiTPipeline, recipe: Recipe, labels: Tensor, seed: int, progress: bool = False) -> Tensor:
     """Sample i of class labels[i] from the seed (seed, i); (M, 1, 8, 8) uint8."""
+    settings = SamplingSettings(
+        recipe.sampling.num_inference_steps, recipe.sampling.guidance_scale, _first_sample_seed(seed),
+        tuple(labels.tolist()),
+    )  # fmt: skip
     chunks = []
     with tqdm(total=len(labels), desc="sampling", unit="digit", disable=not progress, dynamic_ncols=True) as bar:
         for start in range(0, len(labels), _CHUNK):
-            asked = labels[start : start + _CHUNK]
-            (images,) = pipeline(
-                asked,
-                num_inference_steps=recipe.sampling.num_inference_steps,
-                guidance_scale=recipe.sampling.guidance_scale,
-                generator=_first_sample_seed(seed) + start,
-                output_type="pt",
-                return_dict=False,
-            )
-            chunks.append((images.float() * 255).round().to(torch.uint8))
-            bar.update(len(asked))
+            chunks.append(draw_pictures(pipeline, settings, start, min(start + _CHUNK, len(labels))))
+            bar.update(len(chunks[-1]))
     return torch.cat(chunks)
 
 

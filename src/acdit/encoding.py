@@ -3,6 +3,9 @@
 A shard is a fixed range of samples and depends on nothing but its range: whichever process makes it, before or after a
 kill, its bytes are the same. It is written under a temporary name and renamed; its .json, written after it, commits it.
 A rerun checks what is committed against its sha256 and makes the rest.
+
+Shards are no `acdit.chunks`: those are parts of a longer work, to be removed after it; shards are the product, flat
+files with a manifest that others read.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from acdit import draws, storage
-from acdit.codecs import VAECodec, load_vae, vae_sha256
+from acdit.codecs import VAECodec, load_vae
 from acdit.codecs.autoencoders import set_memory_savers
 from acdit.data.bad_files import BadFiles
 from acdit.data.images import ImagesDataset
@@ -271,8 +274,7 @@ def _plan(settings: EncodeSettings, dataset: ImagesDataset, vae: Any, channels: 
     files = hashlib.sha256()
     for path, label in dataset.listing():
         files.update(f"{path}\0{label}\n".encode("utf-8", "surrogateescape"))
-    scale = asdict(codec.scale)
-    identity = VAEIdentity(settings.vae, settings.subfolder, type(vae).__name__, vae_sha256(vae), **scale)
+    identity = VAEIdentity.of(vae, settings.vae, settings.subfolder)
     plan = {
         "vae": asdict(identity), "latent_shape": codec.latent_shape(settings.size, settings.size),
         "dtype": settings.dtype, "posterior": settings.posterior, "flips": settings.flips,

@@ -102,8 +102,7 @@ def generate(
         NonFiniteError: a picture has NaN or infinite values; it is named.
         StorageError: the folder holds pictures of other settings.
     """
-    if len(pipeline.transformer.config.grid) != 2:
-        raise ConfigError("model", found="a video model", expected="a model of pictures")
+    require_pictures(pipeline)
     store = ChunkStore(folder, describe_sampling(pipeline, settings), num_samples, chunk_size)
 
     def draw(start: int, stop: int) -> Mapping[str, Tensor]:
@@ -116,8 +115,20 @@ def generate(
     return store
 
 
-def draw_pictures(pipeline: ACDiTPipeline, settings: SamplingSettings, start: int, stop: int) -> Tensor:
-    """Pictures start … stop − 1 in one batch, uint8 (n, C, H, W) on the CPU.
+def require_pictures(pipeline: ACDiTPipeline) -> None:
+    """Refuse a model of anything else.
+
+    Raises:
+        ConfigError: a video model, or one of a single axis.
+    """
+    axes = pipeline.transformer.layout.ndim
+    if axes != 2:
+        found = "a video model" if axes == 3 else f"a model of {axes}-D data"
+        raise ConfigError("model", found=found, expected="a model of pictures")
+
+
+def draw_pictures(pipeline: ACDiTPipeline, settings: SamplingSettings, start: int, stop: int, **options: Any) -> Tensor:
+    """Pictures start … stop − 1 in one batch, uint8 (n, C, H, W) on the CPU; `options` go to the pipeline (a prefix).
 
     Raises:
         NonFiniteError: a picture has NaN or infinite values; it is named.
@@ -131,6 +142,7 @@ def draw_pictures(pipeline: ACDiTPipeline, settings: SamplingSettings, start: in
         batch_size=stop - start,
         output_type="pt",
         return_dict=False,
+        **options,
     )
     images = images.float().cpu()
     finite = images.flatten(1).isfinite().all(dim=1)
@@ -150,18 +162,23 @@ def picture_name(index: int, settings: SamplingSettings) -> str:
     return f"{index:05d}{label}-seed-{settings.seed + index}.png"
 
 
-def write_pngs(store: ChunkStore, settings: SamplingSettings, folder: str | Path, processes: Processes) -> None:
-    """One PNG a picture; each process writes those of its share of the chunks."""
+def save_png(pixels: Tensor, file: str | Path) -> None:
+    """A picture (C, H, W) uint8, gray or RGB, as PNG; the file's name may end as it likes."""
     from PIL import Image
 
+    array = np.ascontiguousarray(pixels.permute(1, 2, 0).squeeze(2).numpy())
+    Image.fromarray(array).save(file, format="PNG")
+
+
+def write_pngs(store: ChunkStore, settings: SamplingSettings, folder: str | Path, processes: Processes) -> None:
+    """One PNG a picture; each process writes those of its share of the chunks."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for chunk in range(processes.rank, len(store), processes.size):
         first, _ = store.bounds(chunk)
-        for index, pixels in enumerate(store.load(chunk)["images"].permute(0, 2, 3, 1).numpy(), start=first):
-            array = np.ascontiguousarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
-            with storage.atomic_file(folder / picture_name(index, settings), array.nbytes, durable=False) as file:
-                Image.fromarray(array).save(file, format="PNG")
+        for index, pixels in enumerate(store.load(chunk)["images"], start=first):
+            with storage.atomic_file(folder / picture_name(index, settings), pixels.nbytes, durable=False) as file:
+                save_png(pixels, file)
     processes.wait_for_all()
 
 

@@ -51,43 +51,32 @@ def _sample_few(options: argparse.Namespace) -> None:
 
     from acdit import pictures
     from acdit.errors import ConfigError
+    from acdit.generation import SamplingSettings, draw_pictures, picture_name, require_pictures, save_png
 
     pipeline = load_pipeline(options)
+    require_pictures(pipeline)
     asked = asked_labels(options, pipeline, default="first")
     labels = None if asked is None else [index for index in asked for _ in range(options.per_label)]
     prefix = _prefix(options, pipeline)
     if labels is not None and options.count is not None:
         raise ConfigError("--count", found="a model of classes", expected="--labels and --per-label")
     total = len(labels) if labels is not None else options.count or 1
+    settings = SamplingSettings(
+        options.steps, options.guidance_scale, options.seed, None if labels is None else tuple(labels)
+    )
     output = Path(options.output)
     output.mkdir(parents=True, exist_ok=True)
-    done = []
-    for start in range(0, total, options.batch_size):
-        size = min(options.batch_size, total - start)
-        (images,) = pipeline(
-            labels[start : start + size] if labels is not None else None,
-            num_inference_steps=options.steps,
-            guidance_scale=options.guidance_scale,
-            generator=options.seed + start,
-            batch_size=size,
-            prefix=prefix,
-            num_prefix_blocks=options.prefix_blocks,
-            output_type="pt",
-            return_dict=False,
-        )
-        if images.ndim != 4:
-            raise ConfigError("model", found="a video model", expected="a model of pictures")
-        done.append(images.float().cpu())
-    images = torch.cat(done)
-    from diffusers.image_processor import VaeImageProcessor
-
-    for index, picture in enumerate(VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(images))):
-        label = f"-label-{labels[index]}" if labels is not None else ""
-        picture.save(output / f"{index:05d}{label}-seed-{options.seed + index}.png")
+    starts = range(0, total, options.batch_size)
+    given = {"prefix": prefix, "num_prefix_blocks": options.prefix_blocks}
+    images = torch.cat(
+        [draw_pictures(pipeline, settings, start, min(start + options.batch_size, total), **given) for start in starts]
+    )
+    for index, picture in enumerate(images):
+        save_png(picture, output / picture_name(index, settings))
     columns = options.per_label if options.per_label > 1 else min(8, total)
     pictures.image_grid(images, columns=columns).save(output / "grid.png")
-    settings = _typed(options) | {"labels": labels, "solver": type(pipeline.scheduler).__name__, "acdit": version()}
-    (output / "settings.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    record = _typed(options) | {"labels": labels, "solver": type(pipeline.scheduler).__name__, "acdit": version()}
+    (output / "settings.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     print(f"{total} pictures in {output}; all of them: {output / 'grid.png'}")
 
 

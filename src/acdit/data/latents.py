@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from acdit.codecs import LatentScale, vae_sha256
 from acdit.errors import ConfigError, DataError, NonFiniteError, StorageError
 from acdit.storage import MANIFEST, file_sha256
 
@@ -44,6 +45,17 @@ class VAEIdentity:
     shift_factor: float
     latents_mean: list[float] | None
     latents_std: list[float] | None
+
+    @classmethod
+    def of(cls, vae: Any, name: str, subfolder: str | None) -> VAEIdentity:
+        """Of an autoencoder that was loaded by this name (a folder or hub id) from this subfolder."""
+        scale = LatentScale.of(vae)
+        return cls(
+            id=name, subfolder=subfolder, class_name=type(vae).__name__, sha256=vae_sha256(vae),
+            scaling_factor=scale.scaling_factor, shift_factor=scale.shift_factor,
+            latents_mean=None if scale.latents_mean is None else list(scale.latents_mean),
+            latents_std=None if scale.latents_std is None else list(scale.latents_std),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

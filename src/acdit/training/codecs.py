@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from acdit.codecs import CachedLatentsCodec, LatentScale, PixelCodec, VAECodec, load_vae, vae_sha256
+from acdit.codecs import CachedLatentsCodec, PixelCodec, VAECodec, load_vae
 from acdit.codecs.autoencoders import set_memory_savers
 from acdit.data.build import Dataset
 from acdit.data.latents import LatentsDataset, VAEIdentity
@@ -36,7 +36,8 @@ def build_codec(recipe: Recipe, dataset: Dataset | StreamDataset) -> tuple[Codec
         dataset.manifest.warn_about_std()
         drawn = recipe.codec.posterior == "sample" and dataset.manifest.posterior == "moments"
         return CachedLatentsCodec("sample" if drawn else "mode"), vae
-    _require_described(recipe.codec, _identity(recipe.codec, vae), f"vae {recipe.codec.vae}")
+    identity = VAEIdentity.of(vae, str(recipe.codec.vae), recipe.codec.subfolder)
+    _require_described(recipe.codec, identity, f"vae {recipe.codec.vae}")
     channels = int(getattr(vae.config, "in_channels", 3))
     if channels != dataset.shape[0]:
         raise ConfigError(
@@ -90,22 +91,12 @@ def _require_fitting_kinds(recipe: Recipe, cached: bool) -> None:
         )  # fmt: skip
 
 
-def _identity(codec: CodecRecipe, vae: Any) -> VAEIdentity:
-    scale = LatentScale.of(vae)
-    return VAEIdentity(
-        id=str(codec.vae), subfolder=codec.subfolder, class_name=type(vae).__name__, sha256=vae_sha256(vae),
-        scaling_factor=scale.scaling_factor, shift_factor=scale.shift_factor,
-        latents_mean=None if scale.latents_mean is None else list(scale.latents_mean),
-        latents_std=None if scale.latents_std is None else list(scale.latents_std),
-    )  # fmt: skip
-
-
 def _require_same_vae(codec: CodecRecipe, vae: Any, dataset: LatentsDataset) -> None:
     made_with = dataset.manifest.vae
     _require_described(codec, made_with, f"{_CACHED} in {dataset.root}")
     if vae is None:
         return
-    given = _identity(codec, vae)
+    given = VAEIdentity.of(vae, str(codec.vae), codec.subfolder)
     names = ("class_name", "scaling_factor", "shift_factor", "latents_mean", "latents_std", "sha256")
     different = [
         f"{name} {_short(getattr(given, name))} (latents: {_short(getattr(made_with, name))})"
