@@ -14,7 +14,7 @@ from PIL import Image
 
 from acdit.cli import main
 from acdit.errors import ConfigError
-from acdit.evaluation.sweep import combinations, parse_axes
+from acdit.evaluation.sweep import combinations, parse_axes, series_names
 from tests.test_pipelines import make_pipeline
 from tests.training.runs import run, tiny_recipe
 
@@ -83,6 +83,30 @@ def test_a_sweep_over_two_settings_gives_one_file_and_a_plot(lively_model: Path,
     )
 
 
+def test_a_grid_of_block_sizes_and_steps_is_a_sweep_over_models(
+    lively_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    coarse = tmp_path / "coarse" / "model"
+    make_pipeline(block=(4, 8)).save_pretrained(coarse)  # equal weights: only the block differs
+    sweep = ["--sweep", "steps=1,2", "--num-samples", "6"]
+    assert main(["evaluate", str(coarse), *evaluate(lively_model, tmp_path / "grid.json", *sweep)[1:]]) == 0
+    result = json.loads((tmp_path / "grid.json").read_text())
+    rows = [(row["block"], row["num_inference_steps"]) for row in result["results"]]
+    assert rows == [([4, 8], 1), ([4, 8], 2), ([4, 4], 1), ([4, 4], 2)]
+    assert result["samples"] == [str(coarse), str(lively_model)]
+    assert len({row["fid"] for row in result["results"]}) == 4
+    assert "block 4×8, num_inference_steps 2: FID" in capsys.readouterr().out
+    assert main(evaluate(lively_model, tmp_path / "alone.json", "--num-samples", "6")) == 0
+    assert json.loads((tmp_path / "alone.json").read_text())["fid"] == pytest.approx(result["results"][3]["fid"])
+
+
+def test_lines_of_a_plot_have_names_of_their_own() -> None:
+    assert series_names(["a/model", "b/model"], [(4, 4), (8, 8)]) == ["block 4×4", "block 8×8"]
+    assert series_names(["a/model", "b/model"], [(4, 4), (4, 4)]) == ["a, block 4×4", "b, block 4×4"]
+    assert series_names(["x/a/model", "y/a/model"], [(4, 4), (4, 4)]) == ["x/a/model", "y/a/model"]
+
+
 @pytest.mark.campaign
 def test_two_processes_measure_what_one_does(tmp_path: Path) -> None:
     np.savez(tmp_path / "s.npz", arr_0=np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8))
@@ -113,6 +137,11 @@ WRONG: dict[str, tuple[list[str], int, str]] = {
     "zoo": (["digits:train", "--reference", "digits:held_out", "--extractor", "timm/inception_v3"], 2, "zoo"),
     "sweep of pictures": (
         ["digits:train", "--reference", "digits:train", "--extractor", "pixels", "--sweep", "steps=1,2"], 2, "no model",
+    ),
+    "several without a sweep": (["digits:train", "digits:held_out", "--reference", "digits:train"], 2, "one --sweep"),
+    "several, one no model": (
+        ["./m", "digits:train", "--reference", "digits:train", "--extractor", "pixels", "--sweep", "steps=1,2"],
+        2, "digits:train, which is no model",
     ),
     "sweep of something": (["x", "--sweep", "colour=1,2"], 2, "guidance_scale"),
     "too few": (

@@ -60,6 +60,7 @@ def describe_sampling(pipeline: ACDiTPipeline, settings: SamplingSettings) -> di
     labels = settings.labels
     return {
         "model_sha256": weights_sha256(*parts),
+        "model_config": _plain(pipeline.transformer.config),  # equal weights in other blocks draw other pictures
         "dtype": str(pipeline.transformer.dtype).removeprefix("torch."),
         "pixel_range": [pipeline.config.pixel_mean, pipeline.config.pixel_std],
         "solver": type(pipeline.scheduler).__name__,
@@ -225,8 +226,9 @@ def _as_range(labels: tuple[int, ...] | None) -> list[int] | str | None:
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A scheduler's settings without what tells where and by which version they were saved."""
-    return {key: value for key, value in sorted(config.items()) if not key.startswith("_")}
+    """A configuration as JSON has it, without what tells where and by which version it was saved."""
+    kept = {key: value for key, value in sorted(config.items()) if not key.startswith("_")}
+    return dict(json.loads(json.dumps(kept)))
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ _RECORDED = (
     "guidance_scale",
     "labels",
     "dtype",
+    "block",
     "model",
     "model_sha256",
     "ema",
@@ -34,15 +35,24 @@ def add(command: AddCommand) -> None:
         "acdit evaluate samples.npz --reference VIRTUAL_imagenet256_labeled.npz --extractor inception "
         "--weights inception-2015-12-05.pt --output metrics.json\n"
         "  acdit evaluate runs/demo/model --reference digits:held_out --extractor digits-classifier --num-samples 500\n"
+        "  acdit evaluate runs/b4/model runs/b8/model --reference REF --extractor pixels --sweep steps=5,10,25\n"
         "  acdit evaluate --self-test",
     )  # fmt: skip
-    made.add_argument("samples", nargs="?", help="folder or zip of pictures, .npz with arr_0, or a model's folder")
+    made.add_argument(
+        "samples", nargs="*",
+        help="folder or zip of pictures, .npz with arr_0, or a model's folder; with --sweep several models, of other "
+        "block sizes for instance",
+    )  # fmt: skip
     made.add_argument(
         "--reference", "--data", metavar="REF",
         help="folder or zip of pictures, digits:train, digits:held_out, or ADM's .npz (arr_0, or mu, sigma, …)",
     )  # fmt: skip
-    made.add_argument("--extractor", help="inception, digits-classifier, pixels, or module:factory of your own")
-    made.add_argument("--weights", metavar="FILE", help="of the FID Inception: a state dict, or a TorchScript archive")
+    made.add_argument(
+        "--extractor", help="inception, classifier, digits-classifier, pixels, or module:factory of your own"
+    )
+    made.add_argument(
+        "--weights", metavar="FILE", help="of the FID Inception (a state dict or TorchScript), or of a classifier"
+    )
     made.add_argument(
         "--preprocessing", choices=("pytorch-fid", "tensorflow"), help="resize and scaling before Inception"
     )
@@ -55,7 +65,8 @@ def add(command: AddCommand) -> None:
     made.add_argument("--chunk-size", type=positive, default=500, help="pictures a kept part (default 500)")
     made.add_argument(
         "--sweep", action="append", default=[], metavar="KEY=V,V",
-        help="of a model: guidance_scale=1.0,1.5 or num_inference_steps=10,25; twice: a grid; draws a plot as well",
+        help="of a model: guidance_scale=1.0,1.5 or num_inference_steps=10,25; twice, or over several models: a grid; "
+        "draws a plot as well",
     )  # fmt: skip
     made.add_argument("--self-test", action="store_true", help="is the evaluation sane? On the built-in digits")
     add_sampling_options(made)
@@ -70,14 +81,20 @@ def _evaluate(options: argparse.Namespace) -> None:
     axes = parse_axes(options.sweep)
     if axes:
         require_matplotlib()
+    if len(options.samples) > 1 and len(axes) != 1:
+        raise ConfigError(
+            "SAMPLES", found=f"{len(options.samples)} of them with {len(axes)} settings to sweep",
+            expected="several models with one --sweep, or one",
+        )  # fmt: skip
     if not options.self_test:
         for what, value in (("SAMPLES", options.samples), ("--reference", options.reference)):
-            if value is None:
+            if not value:
                 raise ConfigError(what, found="nothing", expected="what to measure, and what to compare it with")
     name = options.extractor or ("digits-classifier" if options.self_test else None)
     if name is None:
         raise ConfigError(
-            "--extractor", found="nothing", expected="inception (with --weights), digits-classifier, pixels, …",
+            "--extractor", found="nothing",
+            expected="inception or classifier (with --weights), digits-classifier, pixels, …",
             fix="a figure means something only together with its extractor",
         )  # fmt: skip
     with joined_processes() as processes:
@@ -95,7 +112,6 @@ def _measure(options: argparse.Namespace, axes: list[Any], extractor: Any, proce
     from acdit.evaluation.image_sets import open_images
     from acdit.evaluation.measure import PROTOCOL, Evaluator
     from acdit.evaluation.reference import open_reference
-    from acdit.evaluation.sweep import plot_sweep
 
     started = time.perf_counter()
     output = Path(options.output)
@@ -105,18 +121,20 @@ def _measure(options: argparse.Namespace, axes: list[Any], extractor: Any, proce
         batch_size=options.batch_size, chunk_size=options.chunk_size, processes=processes,
         device=processes.device(options.device),
     )  # fmt: skip
-    if _is_model(options.samples):
-        results = _measure_model(options, axes, evaluator, work)
+    models = [where for where in options.samples if _is_model(where)]
+    if models and len(models) == len(options.samples):
+        results = [row for model in models for row in _measure_model(options, model, axes, evaluator, work)]
     elif axes:
-        raise ConfigError("--sweep", found=f"{options.samples}, which is no model", expected="a model's folder")
+        other = next(where for where in options.samples if where not in models)
+        raise ConfigError("--sweep", found=f"{other}, which is no model", expected="a model's folder")
     else:
-        images = open_images(options.samples, extractor.channels)
+        images = open_images(options.samples[0], extractor.channels)
         figures = evaluator.measure(images, options.num_samples)
         results = [{**figures, **_recorded(images.settings or {})}]
     if not processes.is_first:
         return
     common = {
-        "samples": options.samples,
+        "samples": options.samples[0] if len(options.samples) == 1 else options.samples,
         "reference": evaluator.reference.describe(),
         "extractor": extractor.describe(),
         "protocol": PROTOCOL,
@@ -128,30 +146,53 @@ def _measure(options: argparse.Namespace, axes: list[Any], extractor: Any, proce
         storage.write_json_atomic(output, {**results[0], **common})
         print(_summary(results[0]) + f"; see {output} (parts in {work} may be removed)")
         return
+    _tell_sweep(axes, models, results, common, output)
+    print(f"(parts in {work} may be removed)")
+
+
+def _tell_sweep(
+    axes: list[Any], models: list[str], results: list[dict[str, Any]], common: dict[str, Any], output: Path
+) -> None:
+    """File, plot and a line a point."""
+    from acdit import storage
+    from acdit.evaluation.sweep import plot_sweep, series_names
+
     swept = {axis.key: list(axis.values) for axis in axes}
     storage.write_json_atomic(output, {"sweep": swept, "results": results, **common})
+    if len(models) > 1:
+        a_model = len(results) // len(models)  # rows lie model after model
+        lines = [
+            name for name in series_names(models, [row["block"] for row in results[::a_model]]) for _ in range(a_model)
+        ]
+        title = f"{len(models)} models"
+    else:
+        lines = [", ".join(f"{axis.key} {row[axis.key]:g}" for axis in axes[1:]) for row in results]
+        title = Path(models[0]).name
     plot = output.with_suffix(".png")
-    plot_sweep(
-        axes, results, f"{Path(options.samples).name}, {extractor.name}, {results[0]['num_samples']} samples", plot
-    )
-    for row in results:
-        print(", ".join(f"{axis.key} {row[axis.key]:g}" for axis in axes) + ": " + _summary(row))
-    print(f"see {output} and {plot} (parts in {work} may be removed)")
+    extractor, count = common["extractor"]["name"], results[0]["num_samples"]
+    plot_sweep(axes[0].key, results, lines, f"{title}, {extractor}, {count} samples", plot)
+    for row, line in zip(results, lines, strict=True):
+        told = [line] * (len(models) > 1) + [f"{axis.key} {row[axis.key]:g}" for axis in axes]
+        print(", ".join(told) + ": " + _summary(row))
+    print(f"see {output} and {plot}")
 
 
-def _measure_model(options: argparse.Namespace, axes: list[Any], evaluator: Any, work: Path) -> list[dict[str, Any]]:
+def _measure_model(
+    options: argparse.Namespace, model: str, axes: list[Any], evaluator: Any, work: Path
+) -> list[dict[str, Any]]:
     from acdit.evaluation.image_sets import stored_images
     from acdit.evaluation.sweep import combinations
     from acdit.generation import SamplingSettings, describe_sampling, generate
 
-    options.model = options.samples
+    options.model = model
     processes = evaluator.processes
     pipeline = load_pipeline(options, processes.device(options.device))
     labels = asked_labels(options, pipeline, default="all")
     plain = SamplingSettings(
         options.steps, options.guidance_scale, options.seed, None if labels is None else tuple(labels)
     )
-    averaging = averaging_of(options.model)
+    averaging = averaging_of(model)
+    block = list(pipeline.transformer.layout.block)
     results = []
     for point in combinations(axes):
         settings = dataclasses.replace(plain, **point)  # type: ignore[arg-type]  # a key has its field's type
@@ -162,7 +203,7 @@ def _measure_model(options: argparse.Namespace, axes: list[Any], evaluator: Any,
             chunk_size=options.chunk_size, processes=processes,
         )  # fmt: skip
         figures = evaluator.measure(stored_images(store, evaluator.extractor.channels))
-        recorded = _recorded({**description, "model": options.model, "ema": averaging})
+        recorded = _recorded({**description, "model": model, "ema": averaging, "block": block})
         results.append({**figures, **recorded, **point})
     return results
 

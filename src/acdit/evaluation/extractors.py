@@ -174,6 +174,33 @@ def _digits_classifier(options: ExtractorOptions) -> Extractor:
     return Extractor("digits-classifier", 1, features, classifier, None, "as trained: values −1 … 1")
 
 
+@register_extractor("classifier")
+def _classifier(options: ExtractorOptions) -> Extractor:
+    """A judge of one's own data: what `acdit.evaluation.save_classifier` wrote."""
+    from acdit.evaluation.classifier import load_classifier
+
+    if options.weights is None:
+        raise ConfigError(
+            "--weights", found="nothing", expected="a classifier that acdit.evaluation.save_classifier wrote",
+            fix="train one with acdit.evaluation.train_classifier, as benchmarks/real_data.py does",
+        )  # fmt: skip
+    if options.preprocessing is not None:
+        raise ConfigError("--preprocessing", found="--extractor classifier", expected="none: only inception has some")
+    classifier, facts = load_classifier(options.weights)
+
+    def features(pixels: Tensor) -> Features:
+        if tuple(pixels.shape[1:]) != facts.shape:
+            raise ConfigError(
+                f"--weights {options.weights}", found=f"pictures of shape {tuple(pixels.shape[1:])}",
+                expected=f"{facts.shape}, as this classifier reads",
+            )  # fmt: skip
+        pooled = classifier.features(pixels)
+        return Features(pooled, probabilities=classifier.head(pooled).softmax(dim=1))
+
+    told = f"values −1 … 1; trained on {facts.trained_on}, reads {facts.held_out_accuracy:.4f} of held-out pictures"
+    return Extractor("classifier", facts.shape[0], features, classifier, options.weights, told)
+
+
 @register_extractor("pixels")
 def _pixels(options: ExtractorOptions) -> Extractor:
     """No network: pixel values, of pictures larger than 32 × 32 their means over cells."""
@@ -192,5 +219,5 @@ def _refuse_options(name: str, options: ExtractorOptions) -> None:
     for option in ("weights", "preprocessing"):
         if getattr(options, option) is not None:
             raise ConfigError(
-                f"--{option}", found=f"--extractor {name}", expected="none: only inception has a use for it"
+                f"--{option}", found=f"--extractor {name}", expected="none: this extractor has no use for it"
             )

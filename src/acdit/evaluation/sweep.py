@@ -1,4 +1,8 @@
-"""The same measures over one or two sampling settings: guidance, solver steps, or both."""
+"""The same measures over sampling settings (guidance, solver steps) and over models, of other block sizes for instance.
+
+Small blocks may need fewer denoising steps (paper section 4.4): a block size is a model's, so a grid of block sizes and
+steps is a sweep of steps over several models.
+"""
 
 from __future__ import annotations
 
@@ -67,8 +71,26 @@ def require_matplotlib() -> None:
         ) from None  # fmt: skip
 
 
-def plot_sweep(axes: Sequence[Axis], results: Sequence[dict[str, Any]], title: str, path: str | Path) -> None:
-    """One panel a metric over the first axis; a line for each value of the second."""
+def series_names(models: Sequence[str], blocks: Sequence[Sequence[int]]) -> list[str]:
+    """A line's name for each model: its block size, and its folder where block sizes repeat."""
+    sizes = ["block " + "×".join(map(str, block)) for block in blocks]
+    if len(set(sizes)) == len(sizes):
+        return sizes
+    folders = [path.parent.name if path.name == "model" else path.name for path in map(Path, models)]
+    named = [f"{folder}, {size}" for folder, size in zip(folders, sizes, strict=True)]
+    return named if len(set(named)) == len(named) else list(models)
+
+
+def plot_sweep(x: str, results: Sequence[dict[str, Any]], lines: Sequence[str], title: str, path: str | Path) -> None:
+    """One panel a metric over the setting `x`.
+
+    Args:
+        x: key of the rows that goes to the right.
+        results: rows of metrics and settings.
+        lines: a row's line, by name; "" for all where there is one line.
+        title: of the figure.
+        path: of the PNG.
+    """
     require_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -76,18 +98,16 @@ def plot_sweep(axes: Sequence[Axis], results: Sequence[dict[str, Any]], title: s
     metrics = [name for name in _PLOTTED if any(row[name] is not None for row in results)]
     figure = Figure(figsize=(3.4 * len(metrics), 3.2), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)  # explicit, so that no global backend is touched
-    lines: list[dict[str, float]] = combinations(axes[1:])
     for place, metric in enumerate(metrics, start=1):
         panel = figure.add_subplot(1, len(metrics), place)
-        for line in lines:
-            rows = [row for row in results if all(row[key] == value for key, value in line.items())]
-            rows = sorted((row for row in rows if row[metric] is not None), key=lambda row: row[axes[0].key])
-            label = ", ".join(f"{key} {value:g}" for key, value in line.items()) or None
-            panel.plot([row[axes[0].key] for row in rows], [row[metric] for row in rows], marker="o", label=label)
-        panel.set(xlabel=axes[0].key, title=metric)
+        for line in dict.fromkeys(lines):
+            rows = [row for row, name in zip(results, lines, strict=True) if name == line and row[metric] is not None]
+            rows = sorted(rows, key=lambda row: row[x])
+            panel.plot([row[x] for row in rows], [row[metric] for row in rows], marker="o", label=line or None)
+        panel.set(xlabel=x, title=metric)
         panel.grid(True, color="#e8ebf0", linewidth=0.7)
         panel.spines[["top", "right"]].set_visible(False)
-    if len(axes) > 1:
+    if len(set(lines)) > 1:
         figure.axes[0].legend(fontsize=7, framealpha=1)
     figure.suptitle(title, fontsize=9)
     with storage.atomic_file(path) as file:
