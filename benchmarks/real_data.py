@@ -129,15 +129,15 @@ def train(recipe: Recipe, work: Path) -> None:
     run, told = work / "run", work / "training.json"
     if told.is_file():
         return
+    facts = {
+        "command": provenance.command_line(), "commit": provenance.commit(), "machine": provenance.machine(),
+        "versions": provenance.versions(),
+    }  # fmt: skip
     started = time.perf_counter()
     resume = "latest" if committed_checkpoints(run) else None
     Trainer(recipe, run, resume=resume).train()
     seconds = round(time.perf_counter() - started, 1)
-    facts = {
-        "seconds_training": None if resume else seconds,  # with pictures and checkpoints on the way
-        "command": provenance.command_line(), "commit": provenance.commit(), "machine": provenance.machine(),
-        "versions": provenance.versions(),
-    }  # fmt: skip
+    facts["seconds_training"] = None if resume else seconds  # with pictures and checkpoints on the way
     storage.write_json_atomic(told, facts)
     print(f"trained in {seconds:.0f} s")
 

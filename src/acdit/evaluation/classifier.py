@@ -117,7 +117,7 @@ NETWORKS: dict[str, type[PictureClassifier]] = {"small": SmallClassifier, "resid
 def build_network(network: str, shape: Sequence[int], num_classes: int) -> PictureClassifier:
     """An untrained classifier: "small" or "residual", for pictures (C, H, W)."""
     channels, height, width = shape
-    return NETWORKS[network]((channels, height, width), num_classes)  # type: ignore[call-arg]  # the networks' own
+    return NETWORKS[network]((channels, height, width), num_classes)
 
 
 def train_classifier(
