@@ -9,26 +9,25 @@ import pytest
 import torch
 
 from acdit import attention, products
-from acdit.attention import (
-    CLEAN,
-    Streams,
-    attend_clean_blocks,
-    attend_prefix_and_own,
-    choose_execution,
-    dense_mask,
-    may_attend,
-    skip_causal_attention,
-)
+from acdit.attention import attend_clean_blocks, attend_prefix_and_own, choose_execution, skip_causal_attention
 from acdit.errors import ConfigError
+from acdit.mask import CLEAN, Streams, Window, dense_mask, flex_mask, may_attend
 
 
 def random_streams(rng: random.Random) -> Streams:
     num_blocks = rng.randint(1, 6)
-    return Streams(num_blocks - 1, num_blocks, rng.randint(1, 3), rng.randint(1, 4))
+    window = Window(rng.randint(1, 4), rng.randint(0, 3)) if rng.random() < 0.5 else None
+    return Streams(num_blocks - 1, num_blocks, rng.randint(1, 3), rng.randint(1, 4), window)
 
 
 def mask_by_hand(streams: Streams) -> list[list[bool]]:
-    """The issue's three sentences, token by token, with no arithmetic shared with the code under test."""
+    """The rule in sentences, token by token, with no arithmetic shared with the code under test."""
+
+    def in_sight(block: int, key_block: int) -> bool:
+        if streams.window is None:
+            return True
+        return key_block in range(streams.window.sinks) or block - key_block <= streams.window.blocks
+
     tokens = [("clean", 0, block) for block in range(streams.num_clean) for _ in range(streams.block_tokens)]
     for copy in range(streams.copies):
         tokens += [("noisy", copy, block) for block in range(streams.num_blocks) for _ in range(streams.block_tokens)]
@@ -37,9 +36,9 @@ def mask_by_hand(streams: Streams) -> list[list[bool]]:
         row = []
         for key_kind, key_copy, key_block in tokens:
             if kind == "clean":
-                row.append(key_kind == "clean" and key_block <= block)
+                row.append(key_kind == "clean" and key_block <= block and in_sight(block, key_block))
             elif key_kind == "clean":
-                row.append(key_block < block)
+                row.append(key_block < block and in_sight(block, key_block))
             else:
                 row.append(key_copy == copy and key_block == block)
         rows.append(row)
@@ -90,7 +89,7 @@ def test_all_executions_agree_with_brute_force(seed: int) -> None:
     executions = {
         "dense": lambda: skip_causal_attention(q, k, v, streams, "dense"),
         "sdpa": lambda: skip_causal_attention(q, k, v, streams, "sdpa"),
-        "sdpa on any device": lambda: attention._blockwise_rebuilt(q, k, v, streams),
+        "sdpa on any device": lambda: attention._blockwise_rebuilt(q, k, v, streams, None),
     }
     for name, run in executions.items():
         out = run()
@@ -107,7 +106,8 @@ def test_the_operators_meet_torchs_own_checks() -> None:
     """Schema, fake tensors and autograd registration of the compiled form (torch.library.opcheck)."""
     streams = Streams(2, 3, 2, 4)
     q, k, v = random_qkv(streams, 0, random.Random(0))
-    torch.library.opcheck(attention._blockwise_attention, (q, k, v, 2, 3, 2))
+    torch.library.opcheck(attention._blockwise_attention, (q, k, v, 2, 3, 2, 0, 0))
+    torch.library.opcheck(attention._blockwise_attention, (q, k, v, 2, 3, 2, 1, 1))
 
 
 def test_one_block_is_plain_attention() -> None:
@@ -156,10 +156,10 @@ def test_the_dense_execution_keeps_more_so_the_count_can_fail(monkeypatch: pytes
     """Planted: joining prefix and own keys per block and keeping them is quadratic, and the count sees it."""
 
     def joined(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *counts: int) -> tuple[torch.Tensor]:
-        streams = Streams(*counts, q.shape[2])
+        streams = Streams(*counts[:3], q.shape[2])
         with monkeypatch.context() as patch:
             patch.setattr(attention, "checkpoint", lambda run, *args, **_: run(*args))
-            return (attention._blockwise_rebuilt(q, k, v, streams),)
+            return (attention._blockwise_rebuilt(q, k, v, streams, None),)
 
     monkeypatch.setattr(attention, "_blockwise_attention", joined)
     assert saved_bytes(512) > 2.1 * saved_bytes(256)
@@ -204,7 +204,7 @@ def test_the_choice_is_made_by_device_overridable_and_logged_once(caplog: pytest
 
 def test_block_masks_are_made_once() -> None:
     streams = Streams(1, 2, 1, 4)
-    assert attention.flex_mask(streams, 0, torch.device("cpu")) is attention.flex_mask(streams, 0, torch.device("cpu"))
+    assert flex_mask(streams, 0, torch.device("cpu")) is flex_mask(streams, 0, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -12,10 +12,10 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from acdit import ACDiTTransformer, costs
-from acdit.attention import Streams, dense_mask
 from acdit.corruption import GaussianCorruption
 from acdit.costs import Architecture
 from acdit.errors import ConfigError
+from acdit.mask import Streams, dense_mask
 from acdit.model import PRESETS
 from acdit.products import CPU_MULTIPLIES_BF16
 from acdit.recompute import checkpoint_elementwise

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from acdit import attention, draws, layers, rope, sampling
-from acdit.attention import CLEAN, Streams
 from acdit.layers import ACDiTLayer, Modulation
 from acdit.layout import BlockLayout
+from acdit.mask import CLEAN, Streams
 from acdit.model import ACDiTTransformer
 from tests import test_attention, test_cache, test_draws, test_layout, test_model, test_rope, test_sampling
 from tests.corruption import test_gaussian

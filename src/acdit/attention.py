@@ -1,123 +1,34 @@
-"""Skip-causal attention (paper section 4.2, Figure 2): one rule, three exact executions.
-
-The rule is `may_attend`: a query sees the clean blocks before its own block, and its own block in its own stream.
-Everything the paper's mask says follows: a clean block reads clean blocks up to itself, a noisy block reads the clean
-blocks before it and itself, nothing reads another noisy block, and nothing clean reads anything noisy.
+"""Skip-causal attention (paper section 4.2, Figure 2): one rule (`acdit.mask`), three exact executions.
 
 Executions, all the same function of (q, k, v):
 
 - ``"dense"``: a boolean mask. The definition, S² memory; for tests.
-- ``"sdpa"``: no mask tensor. What a query sees is a contiguous prefix of clean keys plus its own block, so attention
-  runs on these dense rectangles only, and autograd keeps O(S).
+- ``"sdpa"``: no mask tensor. What a query sees is a contiguous range of clean keys (two of them where a window has
+  sinks) plus its own block, so attention runs on these dense rectangles only, and autograd keeps O(S).
 - ``"flex"``: FlexAttention with a cached BlockMask, for CUDA.
-
-Blocks are laid out as one axis of M = N_clean + C·N blocks: the clean ones first, then C noisy copies of N blocks.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from acdit import products
 from acdit.errors import ConfigError
+from acdit.mask import Streams, Window, dense_mask, flex_mask
+from acdit.rope import rotate
 
 logger = logging.getLogger(__name__)
 
 EXECUTIONS = ("auto", "sdpa", "flex", "dense")
-CLEAN = -1
-"""Stream number of the clean stream; noisy copies count from 0."""
-
-
-def may_attend(query_stream: Any, query_block: Any, key_stream: Any, key_block: Any) -> Any:
-    """The skip-causal rule, elementwise on integers or integer tensors (paper section 4.2).
-
-    Args:
-        query_stream, key_stream: `CLEAN` or the index of a noisy copy.
-        query_block, key_block: index of the autoregressive block.
-
-    Returns:
-        Whether the query may attend the key.
-    """
-    earlier_clean_block = (key_stream == CLEAN) & (key_block < query_block)
-    own_block = (key_stream == query_stream) & (key_block == query_block)
-    return earlier_clean_block | own_block
-
-
-@dataclass(frozen=True)
-class Streams:
-    """Which blocks stand on the block axis: `num_clean` clean ones, then `copies` noisy copies of `num_blocks`."""
-
-    num_clean: int
-    num_blocks: int
-    copies: int
-    block_tokens: int
-
-    @property
-    def num_noisy(self) -> int:
-        return self.copies * self.num_blocks
-
-    @property
-    def total(self) -> int:
-        return self.num_clean + self.num_noisy
-
-    def stream_of(self, index: Tensor) -> Tensor:
-        """Stream of the block at `index` of the block axis."""
-        noisy = index - self.num_clean
-        return torch.where(noisy < 0, CLEAN, torch.div(noisy, self.num_blocks, rounding_mode="floor"))
-
-    def block_of(self, index: Tensor) -> Tensor:
-        """Autoregressive index of the block at `index` of the block axis."""
-        noisy = index - self.num_clean
-        return torch.where(noisy < 0, index, noisy % self.num_blocks)
-
-    def prefix_readers(self, first_query: int) -> Iterator[tuple[int, list[int]]]:
-        """Autoregressive blocks that read a clean prefix, each with its query rows in all streams.
-
-        Rows are counted from `first_query` on the block axis; the prefix of block i is clean blocks 0 … i−1.
-        """
-        for block in range(1, self.num_blocks if self.num_clean else 1):
-            rows = [self.num_clean + copy * self.num_blocks + block for copy in range(self.copies)]
-            if block < self.num_clean:
-                rows.insert(0, block)
-            rows = [row - first_query for row in rows if row >= first_query]
-            if rows:
-                yield block, rows
-
-
-def dense_mask(streams: Streams, first_query: int = 0, device: torch.device | str | None = None) -> Tensor:
-    """The mask as booleans, (queries, keys) in tokens; queries start at block `first_query` of the block axis."""
-    token = torch.arange(streams.total * streams.block_tokens, device=device) // streams.block_tokens
-    stream, block = streams.stream_of(token), streams.block_of(token)
-    start = first_query * streams.block_tokens
-    return may_attend(stream[start:, None], block[start:, None], stream, block)
-
-
-@functools.lru_cache(maxsize=32)
-def flex_mask(streams: Streams, first_query: int, device: torch.device) -> BlockMask:
-    """FlexAttention's BlockMask of the same rule; made once for each (streams, first query, device)."""
-    length = streams.block_tokens
-
-    def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        query_index, key_index = query // length + first_query, key // length
-        return may_attend(
-            streams.stream_of(query_index),
-            streams.block_of(query_index),
-            streams.stream_of(key_index),
-            streams.block_of(key_index),
-        )
-
-    queries = (streams.total - first_query) * length
-    return create_block_mask(mask_mod, None, None, queries, streams.total * length, device=device)
 
 
 @functools.lru_cache(maxsize=64)
@@ -145,7 +56,9 @@ def choose_execution(requested: str, device: torch.device, requires_grad: bool) 
     return choice
 
 
-def skip_causal_attention(q: Tensor, k: Tensor, v: Tensor, streams: Streams, execution: str = "auto") -> Tensor:
+def skip_causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, streams: Streams, execution: str = "auto", sinks: SinkRotation | None = None
+) -> Tensor:
     """Attention of all blocks of a training forward under the skip-causal rule.
 
     Args:
@@ -154,17 +67,23 @@ def skip_causal_attention(q: Tensor, k: Tensor, v: Tensor, streams: Streams, exe
         k, v: (B, M, L, H, K).
         streams: what stands on the block axis.
         execution: "auto", "sdpa", "flex" or "dense".
+        sinks: the sinks' keys turn along with the window; None: they keep their true positions. A sink's key then
+            differs from query to query, which no mask can say: the per-block path runs, whatever was asked for.
 
     Returns:
         (B, M_q, L, H, K), contiguous.
     """
     first_query = streams.total - q.shape[1]
+    if sinks is not None:
+        choose_execution(execution, q.device, False)
+        return _blockwise_rebuilt(q, k, v, streams, sinks)
     requires_grad = q.requires_grad or k.requires_grad or v.requires_grad
     chosen = choose_execution(execution, q.device, requires_grad)
     if chosen == "sdpa" or streams.num_clean == 0:
         if q.device.type == "cpu":
-            return _blockwise_attention(q, k, v, streams.num_clean, streams.num_blocks, streams.copies)[0]
-        return _blockwise_rebuilt(q, k, v, streams)
+            window = (0, 0) if streams.window is None else (streams.window.blocks, streams.window.sinks)
+            return _blockwise_attention(q, k, v, streams.num_clean, streams.num_blocks, streams.copies, *window)[0]
+        return _blockwise_rebuilt(q, k, v, streams, None)
     queries, keys, values = (part.flatten(1, 2).transpose(1, 2) for part in (q, k, v))
     if chosen == "flex":
         run = _compiled_flex_attention() if q.device.type == "cuda" else flex_attention
@@ -217,25 +136,26 @@ def _merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> tuple[Te
 
 @torch.library.custom_op("acdit::blockwise_attention", mutates_args=(), device_types="cpu")
 def _blockwise_attention(
-    q: Tensor, k: Tensor, v: Tensor, num_clean: int, num_blocks: int, copies: int
+    q: Tensor, k: Tensor, v: Tensor, num_clean: int, num_blocks: int, copies: int, window: int, sinks: int
 ) -> tuple[Tensor, Tensor]:
-    """The sdpa execution on CPU: own blocks in one call, clean prefixes one call a block, merged by log-sum-exp.
+    """The sdpa execution on CPU: own blocks in one call, clean ranges one call a block, merged by log-sum-exp.
+
+    Args:
+        window: W; 0: no window.
 
     Returns:
         The output like q, and the log-sum-exp (B, M_q, L, H, 1).
     """
-    streams = Streams(num_clean, num_blocks, copies, q.shape[2])
+    streams = _streams(num_clean, num_blocks, copies, q.shape[2], window, sinks)
     first_query = streams.total - q.shape[1]
     own_out, own_lse = _flash(q.flatten(0, 1), k[:, first_query:].flatten(0, 1), v[:, first_query:].flatten(0, 1))
     out, lse = own_out.reshape(q.shape).contiguous(), own_lse.unflatten(0, q.shape[:2]).contiguous()
     for block, rows in streams.prefix_readers(first_query):
-        prefix_out, prefix_lse = _flash(
-            _gather(q, rows).flatten(1, 2), k[:, :block].flatten(1, 2), v[:, :block].flatten(1, 2)
-        )
+        queries, merged, total = _gather(q, rows).flatten(1, 2), _gather(out, rows), _gather(lse, rows)
         shape = (len(rows), streams.block_tokens)
-        merged, total = _merge(
-            _gather(out, rows), _gather(lse, rows), prefix_out.unflatten(1, shape), prefix_lse.unflatten(1, shape)
-        )
+        for start, stop in streams.segments(block):
+            part_out, part_lse = _flash(queries, k[:, start:stop].flatten(1, 2), v[:, start:stop].flatten(1, 2))
+            merged, total = _merge(merged, total, part_out.unflatten(1, shape), part_lse.unflatten(1, shape))
         for place, row in enumerate(rows):
             out[:, row] = merged[:, place]
             lse[:, row] = total[:, place]
@@ -253,13 +173,15 @@ def _blockwise_attention_backward(
     num_clean: int,
     num_blocks: int,
     copies: int,
+    window: int,
+    sinks: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v.
 
     The backward of a partial attention is exact when it is given the *merged* output and log-sum-exp (softmax weights
     are exp(qk − lse) whatever subset of the keys is at hand), so nothing but q, k, v, the output and lse is kept: O(S).
     """
-    streams = Streams(num_clean, num_blocks, copies, q.shape[2])
+    streams = _streams(num_clean, num_blocks, copies, q.shape[2], window, sinks)
     first_query = streams.total - q.shape[1]
     # Sums over many readers are kept in fp32 or wider.
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -271,20 +193,23 @@ def _blockwise_attention_backward(
         grad_k, grad_v = torch.cat([unread, grad_k], dim=1), torch.cat([unread, grad_v], dim=1)
     for block, rows in streams.prefix_readers(first_query):
         part_grad, part_q, part_out, part_lse = (_gather(part, rows).flatten(1, 2) for part in (grad, q, out, lse))
-        step_q, step_k, step_v = _flash_backward(
-            part_grad, part_q, k[:, :block].flatten(1, 2), v[:, :block].flatten(1, 2), part_out, part_lse
-        )
-        step_q = step_q.unflatten(1, (len(rows), streams.block_tokens))
-        for place, row in enumerate(rows):
-            grad_q[:, row] += step_q[:, place]
-        grad_k[:, :block] += step_k.unflatten(1, (block, streams.block_tokens))
-        grad_v[:, :block] += step_v.unflatten(1, (block, streams.block_tokens))
-        del step_q, step_k, step_v  # or they would live on while the next block's are made
+        for start, stop in streams.segments(block):
+            step_q, step_k, step_v = _flash_backward(
+                part_grad, part_q, k[:, start:stop].flatten(1, 2), v[:, start:stop].flatten(1, 2), part_out, part_lse
+            )
+            step_q = step_q.unflatten(1, (len(rows), streams.block_tokens))
+            for place, row in enumerate(rows):
+                grad_q[:, row] += step_q[:, place]
+            grad_k[:, start:stop] += step_k.unflatten(1, (stop - start, streams.block_tokens))
+            grad_v[:, start:stop] += step_v.unflatten(1, (stop - start, streams.block_tokens))
+            del step_q, step_k, step_v  # or they would live on while the next block's are made
     return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype)
 
 
 @_blockwise_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, num_clean: int, num_blocks: int, copies: int) -> tuple[Tensor, Tensor]:
+def _(
+    q: Tensor, k: Tensor, v: Tensor, num_clean: int, num_blocks: int, copies: int, window: int, sinks: int
+) -> tuple[Tensor, Tensor]:
     lse_dtype = torch.promote_types(q.dtype, torch.float32)
     return q.new_empty(q.shape), q.new_empty((*q.shape[:-1], 1), dtype=lse_dtype)
 
@@ -300,6 +225,8 @@ def _(
     num_clean: int,
     num_blocks: int,
     copies: int,
+    window: int,
+    sinks: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
@@ -311,7 +238,7 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 def _backward(ctx: Any, grad: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
     grads = _blockwise_attention_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.streams)
-    return (*grads, None, None, None)
+    return (*grads, *(None,) * len(ctx.streams))
 
 
 _blockwise_attention.register_autograd(_backward, setup_context=_save_for_backward)
@@ -322,19 +249,48 @@ def _gather(x: Tensor, rows: list[int]) -> Tensor:
     return x[:, rows[0] : rows[0] + 1] if len(rows) == 1 else torch.stack([x[:, row] for row in rows], dim=1)
 
 
-def _blockwise_rebuilt(q: Tensor, k: Tensor, v: Tensor, streams: Streams) -> Tensor:
-    """The sdpa execution on any device: keys of prefix and own block are joined per block and, when gradients are
-    needed, joined again in the backward instead of being kept."""
+def _streams(num_clean: int, num_blocks: int, copies: int, block_tokens: int, window: int, sinks: int) -> Streams:
+    """`Streams` from the plain numbers that an operator may be given."""
+    return Streams(num_clean, num_blocks, copies, block_tokens, Window(window, sinks) if window else None)
+
+
+@dataclass(frozen=True)
+class SinkRotation:
+    """How far a query block sees the sinks turned: they stay right before its window instead of where they were.
+
+    Args:
+        cos, sin: (N, 1, 1, K), a rotation for each autoregressive block of queries.
+        form: of the rotation, see `acdit.rope`; one that composes ("axial", "1d").
+    """
+
+    cos: Tensor
+    sin: Tensor
+    form: str
+
+    def turn(self, keys: Tensor, block: int) -> Tensor:
+        """Rotated keys (…, H, K) as a query in `block` sees them."""
+        return rotate(keys, self.cos[block], self.sin[block], self.form).to(keys.dtype)
+
+
+def _blockwise_rebuilt(q: Tensor, k: Tensor, v: Tensor, streams: Streams, sinks: SinkRotation | None) -> Tensor:
+    """The sdpa execution on any device: keys of clean ranges and own block are joined per block and, when gradients
+    are needed, joined again in the backward instead of being kept."""
     first_query = streams.total - q.shape[1]
+    moved = 0 if sinks is None or streams.window is None else streams.window.sinks
 
     def attend(q: Tensor, k: Tensor, v: Tensor, row: int, block: int) -> Tensor:
         own = row + first_query
-        keys, values = k[:, own], v[:, own]
-        if block and streams.num_clean:
-            keys = torch.cat([k[:, :block].flatten(1, 2), keys], dim=1)
-            values = torch.cat([v[:, :block].flatten(1, 2), values], dim=1)
+        keys, values = [k[:, own]], [v[:, own]]
+        for start, stop in streams.segments(block) if streams.num_clean else ():
+            turned = min(max(moved, start), stop)  # the clean blocks start … turned − 1 are sinks
+            if sinks is not None and turned > start:
+                keys.append(sinks.turn(k[:, start:turned], block).flatten(1, 2))
+            else:
+                turned = start
+            keys.append(k[:, turned:stop].flatten(1, 2))
+            values.append(v[:, start:stop].flatten(1, 2))
         return F.scaled_dot_product_attention(
-            q[:, row].transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2)
+            q[:, row].transpose(1, 2), torch.cat(keys, dim=1).transpose(1, 2), torch.cat(values, dim=1).transpose(1, 2)
         ).transpose(1, 2)
 
     outs = []

@@ -3,14 +3,22 @@
 The clean stream sees neither timestep nor label, so one cache serves the conditional and the unconditional branch of
 guidance, every label and every timestep; it is written once per finished block. Storing one entry per sample instead
 of one per sample and branch halves its memory.
+
+Under a window the cache is a ring: a new block takes the place of the oldest one that nobody sees any more, so its
+memory does not grow with the stream. Attention does not care in which order keys lie, and keys carry their positions,
+so what is seen stays one contiguous range of the buffer.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from acdit.errors import ConfigError
+from acdit.mask import Window
 
 
 class KVCache:
@@ -19,11 +27,13 @@ class KVCache:
     Args:
         num_layers: layers of the transformer.
         batch_size: B, samples; guidance branches share their sample's entries.
-        max_tokens: room, in tokens. The last block of a request has no reader, so (N−1)·L is enough for N blocks.
+        max_tokens: room, in tokens. The last block of a request has no reader, so (N−1)·L is enough for N blocks. Under
+            a window there is room for what is seen and one block more, whatever is asked for.
         num_heads: H.
         head_dim: width of a head.
         block_tokens: L; the cache grows by whole blocks.
         dtype, device: of the stored keys and values.
+        window: what is kept; None: everything.
     """
 
     def __init__(
@@ -36,7 +46,10 @@ class KVCache:
         block_tokens: int,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        window: Window | None = None,
     ) -> None:
+        if window is not None:
+            max_tokens = (window.capacity + 1) * block_tokens
         # (B, T, H, K) to all who ask, but a head's tokens lie side by side in memory: attention reads head by head.
         shape = (batch_size, num_heads, max_tokens, head_dim)
         self._keys = [torch.empty(shape, dtype=dtype, device=device).transpose(1, 2) for _ in range(num_layers)]
@@ -44,8 +57,12 @@ class KVCache:
         self.batch_size = batch_size
         self.max_tokens = max_tokens
         self.block_tokens = block_tokens
+        self.window = window
         self.length = 0
         """Clean tokens that every layer holds; queries see exactly these."""
+        self._finished = 0
+        self._sink_keys: list[Tensor] | None = None
+        """Sinks' keys at their true positions, once the ones in sight have been turned."""
 
     @property
     def num_layers(self) -> int:
@@ -53,8 +70,8 @@ class KVCache:
 
     @property
     def num_blocks(self) -> int:
-        """Finished blocks held: also the index of the block that comes next."""
-        return self.length // self.block_tokens
+        """Finished blocks, held or forgotten: also the index of the block that comes next."""
+        return self._finished
 
     @property
     def nbytes(self) -> int:
@@ -84,19 +101,19 @@ class KVCache:
             raise ConfigError(
                 f"cache ({names})", found=str(own), expected=str(asked), fix="make it with this model's new_cache"
             )
-        if num_blocks * block_tokens > self.max_tokens:
+        if self.window is None and num_blocks * block_tokens > self.max_tokens:
             raise ConfigError(
                 "cache", found=f"room for {self.max_tokens // block_tokens} blocks", expected=f"{num_blocks}",
                 fix="model.new_cache(batch_size, num_blocks=…)",
             )  # fmt: skip
 
     def require_room(self, tokens: int) -> None:
-        """Check before a read that `tokens` more fit.
+        """Check before a read that `tokens` more fit; under a window they always do, a block at a time.
 
         Raises:
             ConfigError: they do not.
         """
-        if self.length + tokens > self.max_tokens:
+        if self.window is None and self.length + tokens > self.max_tokens:
             raise ConfigError(
                 "KVCache is full",
                 found=f"{self.length} tokens held and {tokens} to append",
@@ -114,8 +131,25 @@ class KVCache:
         self._values[layer][:, self.length : end] = values
 
     def advance(self, tokens: int) -> None:
-        """Make `tokens` written tokens visible."""
-        self.length += tokens
+        """Make `tokens` written tokens visible; under a window it is one block, and the oldest is forgotten."""
+        if self.window is not None and self.length == self.window.capacity * self.block_tokens:
+            # The new block lies behind what is in sight: it takes the place of the one that goes out of sight.
+            place = self.window.sinks + (self._finished - self.window.sinks) % self.window.blocks
+            start, behind = place * self.block_tokens, slice(self.length, self.length + tokens)
+            for buffer in (*self._keys, *self._values):
+                buffer[:, start : start + tokens] = buffer[:, behind]
+        else:
+            self.length += tokens
+        self._finished += tokens // self.block_tokens
+
+    def turn_sinks(self, turn: Callable[[Tensor], Tensor]) -> None:
+        """Show the sinks at other positions: `turn` is given their keys (B, T, H, K) as they were written."""
+        assert self.window is not None  # only a window has sinks
+        tokens = self.window.sinks * self.block_tokens
+        if self._sink_keys is None:
+            self._sink_keys = [keys[:, :tokens].clone() for keys in self._keys]
+        for keys, true in zip(self._keys, self._sink_keys, strict=True):
+            keys[:, :tokens] = turn(true)
 
     def fork(self, copies: int) -> KVCache:
         """A new cache with `copies` samples for each one here, in sample-major order (s0, s0, …, s1, s1, …).
@@ -127,13 +161,67 @@ class KVCache:
         """
         if copies < 1:
             raise ConfigError("copies", found=str(copies), expected="at least 1")
-        keys = self._keys[0]
-        child = KVCache(
-            self.num_layers, self.batch_size * copies, self.max_tokens, keys.shape[2], keys.shape[3],
-            self.block_tokens, keys.dtype, keys.device,
-        )  # fmt: skip
-        for layer in range(self.num_layers):
-            held_keys, held_values = self.prefix(layer)
-            child.write(layer, held_keys.repeat_interleave(copies, dim=0), held_values.repeat_interleave(copies, dim=0))
-        child.advance(self.length)
+        child = self._like(self.batch_size * copies)
+        ours, theirs = self.tensors(), child._buffers(self._sink_keys is not None)
+        for name, held in ours.items():
+            theirs[name][:, : held.shape[1]] = held.repeat_interleave(copies, dim=0)
+        child.length, child._finished = self.length, self._finished
         return child
+
+    # --- as tensors, to be kept in a file ---------------------------------------------------------------------------
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything held, by name: (B, T, H, K) each, T the tokens in sight (of "sinks", theirs)."""
+        return {
+            name: buffer if name.startswith("sinks") else buffer[:, : self.length]
+            for name, buffer in self._buffers(self._sink_keys is not None).items()
+        }
+
+    def facts(self) -> dict[str, Any]:
+        """What `restore` needs beside the tensors, as JSON."""
+        return {"finished_blocks": self._finished, "length": self.length, "batch_size": self.batch_size}
+
+    def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        """Take over what `tensors` and `facts` of a cache like this one gave.
+
+        Raises:
+            ConfigError: of another cache.
+        """
+        turned = any(name.startswith("sinks") for name in tensors)
+        buffers = self._buffers(turned)
+        length = int(facts["length"])
+        expected = {
+            name: buffer.shape if name.startswith("sinks") else (*buffer.shape[:1], length, *buffer.shape[2:])
+            for name, buffer in buffers.items()
+        }
+        found = {name: tensor.shape for name, tensor in tensors.items()}
+        if {name: tuple(shape) for name, shape in found.items()} != {
+            name: tuple(shape) for name, shape in expected.items()
+        } or length > self.max_tokens:
+            raise ConfigError(
+                "kept cache", found="keys and values of other shapes", expected=f"those of {self.num_layers} layers, "
+                f"{self.batch_size} samples, {length} tokens", fix="go on with the model and settings it is of",
+            )  # fmt: skip
+        for name, tensor in tensors.items():
+            buffers[name][:, : tensor.shape[1]] = tensor
+        self.length, self._finished = length, int(facts["finished_blocks"])
+
+    def _buffers(self, with_sinks: bool) -> dict[str, Tensor]:
+        """The buffers by name; the sinks' true keys are made room for when they are asked for."""
+        named = {f"keys.{layer}": buffer for layer, buffer in enumerate(self._keys)}
+        named |= {f"values.{layer}": buffer for layer, buffer in enumerate(self._values)}
+        if with_sinks:
+            if self._sink_keys is None:
+                assert self.window is not None  # only a window has sinks
+                tokens = self.window.sinks * self.block_tokens
+                self._sink_keys = [keys[:, :tokens].clone() for keys in self._keys]
+            named |= {f"sinks.{layer}": buffer for layer, buffer in enumerate(self._sink_keys)}
+        return named
+
+    def _like(self, batch_size: int) -> KVCache:
+        """An empty cache of the same kind."""
+        keys = self._keys[0]
+        return KVCache(
+            self.num_layers, batch_size, self.max_tokens, keys.shape[2], keys.shape[3], self.block_tokens, keys.dtype,
+            keys.device, self.window,
+        )  # fmt: skip

@@ -20,6 +20,7 @@ from typing import Any
 
 from acdit.errors import ConfigError
 from acdit.layout import BlockLayout
+from acdit.mask import Window, make_window
 
 CHECKPOINTING = ("none", "elementwise", "layers")
 PRECISIONS = ("fp32", "bf16", "fp64")
@@ -41,6 +42,7 @@ class Architecture:
     head_dim: int
     mlp_ratio: float = 4.0
     num_classes: int | None = None
+    window: Window | None = None
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Architecture:
@@ -53,6 +55,7 @@ class Architecture:
             head_dim=config["attention_head_dim"],
             mlp_ratio=config["mlp_ratio"],
             num_classes=config["num_classes"],
+            window=make_window(config.get("window"), config.get("sink_blocks", 0), "true", can_turn=True),
         )
 
     @property
@@ -69,6 +72,22 @@ class Architecture:
     def token_dim(self) -> int:
         """D."""
         return self.layout.token_dim(self.channels)
+
+    @property
+    def seen_blocks(self) -> int:
+        """Pairs of a block and a clean block before it that it sees, of all N blocks: N·(N−1)/2 without a window."""
+        return self._seen_before(self.layout.num_blocks)
+
+    @property
+    def seen_clean_blocks(self) -> int:
+        """The same of the N−1 clean blocks that are read, each with itself."""
+        read = self.layout.num_blocks - 1
+        return self._seen_before(read) + read
+
+    def _seen_before(self, blocks: int) -> int:
+        if self.window is None:
+            return blocks * (blocks - 1) // 2
+        return sum(stop - start for block in range(blocks) for start, stop in self.window.segments(block))
 
     @property
     def layer_parameters(self) -> int:
@@ -121,9 +140,9 @@ def picture_flops(arch: Architecture, steps: int = 25, guided: bool = True) -> f
     token = _products_a_token(arch)
     embed = 2 * arch.token_dim * w
     condition = 12 * w * w * depth + 2 * w * (_FREQUENCIES + w) + 4 * w * w
-    seen = blocks * (blocks + 1) // 2 * length**2
+    seen = (arch.seen_blocks + blocks) * length**2
     denoise = blocks * (length * (token * depth + 2 * embed) + condition) + 4 * w * seen * depth
-    read_pairs = blocks * (blocks - 1) // 2 * length**2
+    read_pairs = arch.seen_clean_blocks * length**2
     read = (blocks - 1) * length * (token * (depth - 1) + 4 * w * w + embed) + 4 * w * read_pairs * (depth - 1)
     return steps * (2 if guided else 1) * denoise + read
 
@@ -144,8 +163,8 @@ def _layer_products(arch: Architecture, copies: int) -> float:
 def _attention_products(arch: Architecture, copies: int) -> float:
     """Forward FLOPs of all layers' attention over the allowed pairs, one sample."""
     length, blocks, depth = arch.layout.block_tokens, arch.layout.num_blocks, arch.num_layers
-    noisy = copies * blocks * (blocks + 1) // 2 * length**2
-    clean = blocks * (blocks - 1) // 2 * length**2
+    noisy = copies * (arch.seen_blocks + blocks) * length**2
+    clean = arch.seen_clean_blocks * length**2
     return 4 * arch.width * (noisy * depth + clean * (depth - 1))
 
 

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from acdit.attention import Streams, attend_clean_blocks, attend_prefix_and_own, skip_causal_attention
+from acdit.attention import SinkRotation, attend_clean_blocks, attend_prefix_and_own, skip_causal_attention
 from acdit.cache import KVCache
+from acdit.mask import Streams
 from acdit.products import Linear, linear
 from acdit.rope import rotate
 
@@ -181,7 +182,16 @@ class ACDiTLayer(nn.Module):
         self.mlp = MLP(hidden_size, inner_size)
         self.modulation = nn.Sequential(nn.SiLU(), Linear(hidden_size, 6 * hidden_size))
 
-    def forward(self, x: Tensor, condition: Tensor, rope: Rope, streams: Streams, execution: str, last: bool) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        condition: Tensor,
+        rope: Rope,
+        streams: Streams,
+        execution: str,
+        last: bool,
+        sinks: SinkRotation | None = None,
+    ) -> Tensor:
         """Both streams of a training forward.
 
         Args:
@@ -191,6 +201,7 @@ class ACDiTLayer(nn.Module):
             streams: what stands on the block axis.
             execution: see `acdit.attention`.
             last: nobody reads the clean tokens' output: compute their keys and values only and drop them.
+            sinks: how far the sinks are turned for each query block, where they slide with the window.
 
         Returns:
             (B, M, L, W), or (B, C·N, L, W) of the last layer.
@@ -206,7 +217,7 @@ class ACDiTLayer(nn.Module):
             if clean:
                 clean_k, clean_v = self.attn.keys_and_values(self.norm1(context), rope.blocks(0, clean))
                 k, v = torch.cat([clean_k, k], dim=1), torch.cat([clean_v, v], dim=1)
-        return self._update(x, skip_causal_attention(q, k, v, streams, execution), modulation)
+        return self._update(x, skip_causal_attention(q, k, v, streams, execution, sinks), modulation)
 
     def read(self, x: Tensor, rope: Rope, cache: KVCache, index: int, last: bool) -> Tensor:
         """Clean blocks (B, n, L, W) against the cache; their keys and values are written to it."""

@@ -20,11 +20,12 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
-from acdit.attention import Streams
+from acdit.attention import SinkRotation
 from acdit.cache import KVCache
 from acdit.errors import ConfigError
 from acdit.layers import ACDiTLayer, FinalLayer, Rope, TimestepEmbedder, wide_dtype
 from acdit.layout import BlockLayout
+from acdit.mask import Streams, Window, make_window
 from acdit.products import Linear
 from acdit.rope import default_split, require_form, rotation, segment_widths
 
@@ -75,6 +76,10 @@ class ACDiTTransformer(SafetensorsOnly, ModelMixin, ConfigMixin):
             "none"; see `acdit.rope`.
         rope_split: proportion of the head dimension per axis; None: even, and 2:3:3 for three axes. "1d" and "none"
             have no axes to split between.
+        window: clean blocks before its own that a block sees, in training and sampling; None: all of them.
+        sink_blocks: with a window, blocks at the very beginning that stay in sight.
+        sink_positions: "true": sinks keep their positions; "sliding": they are seen right before the window, moved
+            along the first axis (needs a RoPE that is a rotation: not "reference").
 
     Raises:
         ConfigError: a block or patch that does not divide, a head dimension that does not split.
@@ -98,9 +103,13 @@ class ACDiTTransformer(SafetensorsOnly, ModelMixin, ConfigMixin):
         num_classes: int | None = None,
         rope: str = "axial",
         rope_split: Sequence[int] | None = None,
+        window: int | None = None,
+        sink_blocks: int = 0,
+        sink_positions: str = "true",
     ) -> None:
         super().__init__()
         self.layout = BlockLayout(grid, block, patch)
+        self.window = make_window(window, sink_blocks, sink_positions, can_turn=rope != "reference")
         self.rope_split = self._rope_split(rope, rope_split)
         if rope != "none":
             segment_widths(attention_head_dim, self.rope_split)
@@ -142,13 +151,15 @@ class ACDiTTransformer(SafetensorsOnly, ModelMixin, ConfigMixin):
             else:
                 nn.init.ones_(parameter)  # norms
 
-    def new_cache(self, batch_size: int, num_blocks: int | None = None) -> KVCache:
+    def new_cache(self, batch_size: int, num_blocks: int | None = None, window: Window | None = None) -> KVCache:
         """An empty cache in the model's dtype and on its device.
 
         Args:
             batch_size: B samples; guidance branches need no room of their own.
             num_blocks: blocks it must hold; default N−1, since the last block has no reader.
+            window: what it keeps; default: the model's own window. Another one than the training's is an experiment.
         """
+        window = self.window if window is None else window
         blocks = self.layout.num_blocks - 1 if num_blocks is None else num_blocks
         return KVCache(
             num_layers=len(self.layers),
@@ -159,6 +170,7 @@ class ACDiTTransformer(SafetensorsOnly, ModelMixin, ConfigMixin):
             block_tokens=self.layout.block_tokens,
             dtype=self.x_embedder.weight.dtype,
             device=self.x_embedder.weight.device,
+            window=window,
         )
 
     def forward(
@@ -187,7 +199,7 @@ class ACDiTTransformer(SafetensorsOnly, ModelMixin, ConfigMixin):
         batch, num_copies, num_blocks, length, width = copies.shape
         if clean.shape[0] != batch:
             raise ConfigError("noisy", found=f"batch {batch}", expected=f"the batch of clean, {clean.shape[0]}")
-        streams = Streams(num_blocks - 1, num_blocks, num_copies, length)
+        streams = Streams(num_blocks - 1, num_blocks, num_copies, length, self.window)
         context = clean[:, : streams.num_clean]
         x = self.x_embedder(torch.cat([context, copies.reshape(batch, -1, length, width).to(clean.dtype)], dim=1))
         shape = (batch, num_copies, num_blocks)
@@ -195,9 +207,10 @@ class ACDiTTransformer(SafetensorsOnly, ModelMixin, ConfigMixin):
         rope = self._rope(0, num_blocks)
         order = [*range(streams.num_clean), *list(range(num_blocks)) * num_copies]
         rope = Rope(rope.cos[order], rope.sin[order], rope.form)
+        sinks = self._sink_rotation(self.window, 0, num_blocks)
         last = len(self.layers) - 1
         for index, layer in enumerate(self._layers()):
-            arguments = (x, condition, rope, streams, self.attention_execution, index == last)
+            arguments = (x, condition, rope, streams, self.attention_execution, index == last, sinks)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 x = self._gradient_checkpointing_func(layer, *arguments)
             else:
@@ -216,14 +229,22 @@ class ACDiTTransformer(SafetensorsOnly, ModelMixin, ConfigMixin):
             ConfigError: a wrong shape, or a cache that is full.
         """
         self._require_blocks("clean", clean, 4, num_blocks=clean.shape[1])
-        tokens = clean.shape[1] * clean.shape[2]
-        cache.require_room(tokens)
+        cache.require_room(clean.shape[1] * clean.shape[2])
+        # A ring forgets with every block: under a window they are read one after the other.
+        for part in clean.split(1 if cache.window is not None else max(1, clean.shape[1]), dim=1):
+            self._read(part, cache)
+
+    def _read(self, clean: Tensor, cache: KVCache) -> None:
+        """`prefill` of blocks that a cache takes at once."""
         x = self.x_embedder(clean)
         rope = self._rope(cache.num_blocks, clean.shape[1])
         last = len(self.layers) - 1
         for index, layer in enumerate(self._layers()):
             x = layer.read(x, rope, cache, index, index == last)
-        cache.advance(tokens)
+        cache.advance(clean.shape[1] * clean.shape[2])
+        sinks = self._sink_rotation(cache.window, cache.num_blocks, 1)
+        if sinks is not None:
+            cache.turn_sinks(lambda keys: sinks.turn(keys, 0))
 
     def denoise(self, noisy: Tensor, timestep: Tensor | float, class_labels: Tensor | None, cache: KVCache) -> Tensor:
         """Predict for the noisy block that follows the blocks in the cache; the cache is only read.
@@ -313,6 +334,30 @@ class ACDiTTransformer(SafetensorsOnly, ModelMixin, ConfigMixin):
             wide_dtype(weight.dtype),
         )
         return Rope(cos[:, :, None], sin[:, :, None], self.config.rope)
+
+    def _sink_rotation(self, window: Window | None, first_block: int, num_blocks: int) -> SinkRotation | None:
+        """How far queries of consecutive blocks see the sinks turned; None where none of them sees any moved.
+
+        Sinks move by whole steps of the first axis: where a step holds several blocks, by as many as fit.
+        """
+        if window is None or not window.slide or self.config.rope == "none":
+            return None
+        lags = torch.tensor([window.lag(block) for block in range(first_block, first_block + num_blocks)])
+        if not bool(lags.any()):
+            return None
+        weight, layout = self.x_embedder.weight, self.layout
+        if self.config.rope == "1d":
+            positions, extents = (lags * layout.block_tokens)[:, None], (layout.num_tokens,)
+        else:
+            blocks_a_step = layout.num_blocks // layout.block_grid[0]
+            moved = lags // blocks_a_step * layout.block[0]
+            positions = torch.stack([moved, *[torch.zeros_like(moved)] * (layout.ndim - 1)], dim=-1)
+            extents = layout.token_grid
+        cos, sin = rotation(
+            positions.to(weight.device), self.config.attention_head_dim, extents, self.rope_split, self.config.rope,
+            wide_dtype(weight.dtype),
+        )  # fmt: skip
+        return SinkRotation(cos[:, None, None], sin[:, None, None], self.config.rope)
 
     def _require_blocks(self, name: str, x: Tensor, ndim: int, num_blocks: int | None = None) -> None:
         blocks = self.layout.num_blocks if num_blocks is None else num_blocks

@@ -44,6 +44,9 @@ class ModelRecipe:
     num_classes: int | None = None
     rope: str = "axial"
     rope_split: list[int] | None = None
+    window: int | None = None
+    sink_blocks: int = 0
+    sink_positions: str = "true"
 
 
 @dataclass
@@ -194,6 +197,7 @@ class Recipe:
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.preset": ("B", "L", "XL", "H"),
     "model.rope": ("axial", "reference", "1d", "none"),
+    "model.sink_positions": ("true", "sliding"),
     "data.kind": ("digits", "images", "idx", "webdataset", "hf", "latents"),
     "data.crop": ("center", "random"),
     "codec.kind": ("pixels", "vae"),
@@ -212,6 +216,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "model.grid": (1, 2**31), "model.block": (1, 2**31), "model.patch": (1, 2**31),
     "model.in_channels": (1, 2**31), "model.num_layers": (1, 2**31), "model.num_attention_heads": (1, 2**31),
     "model.attention_head_dim": (2, 2**31), "model.num_classes": (1, 2**31), "model.rope_split": (1, 2**31),
+    "model.window": (1, 2**31), "model.sink_blocks": (0, 2**31),
     "data.size": (1, 2**31), "data.channels": (1, 5), "data.max_bad_files": (0, 2**31), "data.num_workers": (0, 4096),
     "data.shuffle_buffer": (1, 2**31),
     "codec.std": (1e-12, math.inf), "codec.scaling_factor": (1e-12, math.inf), "codec.shift_factor": (-1e12, 1e12),
