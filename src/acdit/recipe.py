@@ -104,6 +104,10 @@ class CorruptionRecipe:
     `context_noise`: 0, clean context (the paper's). Above 0 each clean block is replaced, for the context only, by its
     corruption at a timestep of its own, uniform below this share of the schedule: 1 is the paper's ablation "noisy
     context". The model is not told. Sampling context is clean.
+
+    `self_context`: the share of samples whose context is of the model's own making (see
+    `acdit.training.self_context`), in `self_context_steps` model calls a block from at most `self_context_strength` of
+    the schedule: fine-tuning against drift over long streams.
     """
 
     prediction_type: str = "epsilon"
@@ -117,6 +121,9 @@ class CorruptionRecipe:
     min_snr_gamma: float | None = None
     copies: int = 1
     context_noise: float = 0.0
+    self_context: float = 0.0
+    self_context_steps: int = 2
+    self_context_strength: float = 0.5
 
 
 @dataclass
@@ -152,6 +159,7 @@ class TrainRecipe:
 
     `parallel` is how several processes share the work: "ddp" (whole weights in each) or "fsdp2" (rows of the weights,
     averages and moments in each). After `timeout_seconds` without an answer, the other processes count as lost.
+    `init_from` is a saved model to start from: its folder or hub id.
     """
 
     steps: int | None = None
@@ -160,6 +168,7 @@ class TrainRecipe:
     compile: bool = False
     gradient_checkpointing: str = "none"
     parallel: str = "ddp"
+    init_from: str | None = None
     timeout_seconds: int = 1800
     checkpoint_every: int = 1000
     keep_checkpoints: int = 3
@@ -221,7 +230,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "data.shuffle_buffer": (1, 2**31),
     "codec.std": (1e-12, math.inf), "codec.scaling_factor": (1e-12, math.inf), "codec.shift_factor": (-1e12, 1e12),
     "corruption.num_train_timesteps": (1, 2**31), "corruption.copies": (1, 2**31),
-    "corruption.context_noise": (0, 1 + 1e-12),
+    "corruption.context_noise": (0, 1 + 1e-12), "corruption.self_context": (0, 1 + 1e-12),
+    "corruption.self_context_steps": (1, 10_000), "corruption.self_context_strength": (1e-12, 1 + 1e-12),
     "corruption.beta_start": (1e-12, 1), "corruption.beta_end": (1e-12, 1), "model.mlp_ratio": (1e-12, 2**31),
     "corruption.logit_std": (1e-12, math.inf), "corruption.min_snr_gamma": (1e-12, math.inf),
     "optim.batch_size": (1, 2**31), "optim.lr": (0, math.inf), "optim.betas": (0, 1), "optim.eps": (0, math.inf),
@@ -357,6 +367,10 @@ def _check(recipe: Recipe) -> None:
     for path, length in (("optim.betas", 2), ("data.size", 2)):
         if isinstance(values[path], list) and len(values[path]) != length:
             raise ConfigError(path, found=repr(values[path]), expected=f"{length} numbers")
+    own = recipe.corruption.self_context
+    if own and (recipe.corruption.context_noise or recipe.train.parallel == "fsdp2"):
+        other = "corruption.context_noise" if recipe.corruption.context_noise else "train.parallel=fsdp2"
+        raise ConfigError("corruption.self_context", found=f"{own:g} with {other}", expected="one of the two")
     if not recipe.ema.decays:
         raise ConfigError("ema.decays", found="an empty list", expected="at least one decay; the first is published")
     if (recipe.train.steps is None) == (recipe.train.epochs is None):

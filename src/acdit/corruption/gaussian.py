@@ -109,6 +109,22 @@ class GaussianCorruption:
         )
         return velocity.reshape(noise.shape)
 
+    def split(self, noisy: Tensor, prediction: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        """Clean data and noise that a prediction says a noisy block is made of: `corrupt` puts them together again.
+
+        Args:
+            noisy, prediction: (B, L, D).
+            timestep: (B,).
+        """
+        if self.is_flow:
+            sigma = self._sigma(timestep, noisy)
+            return noisy - sigma * prediction, noisy + (1 - sigma) * prediction
+        alpha = self.scheduler.alphas_cumprod.to(timestep.device, noisy.dtype)[timestep][..., None, None]
+        signal, scale = alpha.sqrt(), (1 - alpha).sqrt()
+        if self.prediction_type == "epsilon":
+            return (noisy - scale * prediction) / signal, prediction
+        return signal * noisy - scale * prediction, scale * noisy + signal * prediction
+
     def loss_per_block(self, prediction: Tensor, clean: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
         """Mean squared error of each block, in fp32 or wider, shaped like `timestep` (paper equation 3)."""
         wide = torch.promote_types(prediction.dtype, torch.float32)

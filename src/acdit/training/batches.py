@@ -25,6 +25,7 @@ from acdit.data.stream import StreamDataset
 from acdit.errors import AcditError, DataError
 from acdit.processes import Processes
 from acdit.training.build import Built
+from acdit.training.self_context import own_context
 
 
 @dataclass
@@ -34,7 +35,8 @@ class Batch:
     clean: Tensor
     """(B, N, L, D)"""
     context: Tensor
-    """(B, N, L, D), what the clean slots hold: `clean` itself, or its corruption with `corruption.context_noise`"""
+    """(B, N, L, D), what the clean slots hold: `clean` itself, its corruption with `corruption.context_noise`, or what
+    the model makes of it with `corruption.self_context`"""
     noise: Tensor
     """(B, C, N, L, D)"""
     timestep: Tensor
@@ -200,16 +202,22 @@ class Batches:
         clean = clean.to(self.device)
         return Batch(
             clean=clean,
-            context=self._context(clean, key),
+            context=self._context(clean, kept, key),
             noise=noise.to(self.device),
             timestep=built.corruption.timesteps(u).to(self.device),
             labels=kept,
         )
 
-    def _context(self, clean: Tensor, key: dict[str, Any]) -> Tensor:
+    def _context(self, clean: Tensor, labels: Tensor | None, key: dict[str, Any]) -> Tensor:
         """The clean blocks, or each one's corruption at a timestep and with noise of its own (streams of their own, so
-        that the noisy copies see the draws they would see without)."""
-        level = self.built.recipe.corruption.context_noise
+        that the noisy copies see the draws they would see without), or what the model makes of them."""
+        settings = self.built.recipe.corruption
+        if settings.self_context:
+            return own_context(
+                self.built.model, self.built.corruption, clean, labels, share=settings.self_context,
+                steps=settings.self_context_steps, strength=settings.self_context_strength, key=key,
+            )  # fmt: skip
+        level = settings.context_noise
         if level == 0:
             return clean
         corruption = self.built.corruption

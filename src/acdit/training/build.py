@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -91,9 +92,8 @@ def build(recipe: Recipe) -> Built:
 
 def _corruption(recipe: Recipe) -> GaussianCorruption:
     settings = dataclasses.asdict(recipe.corruption)
-    for name in ("copies", "context_noise"):  # the batches' business
-        settings.pop(name)
-    return GaussianCorruption(**settings)
+    known = inspect.signature(GaussianCorruption).parameters  # the rest is the batches' business
+    return GaussianCorruption(**{name: value for name, value in settings.items() if name in known})
 
 
 def build_model(recipe: ModelRecipe, seed: int = 0) -> ACDiTTransformer:

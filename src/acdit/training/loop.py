@@ -31,6 +31,7 @@ from acdit.training.build import Built, build, parameter_groups
 from acdit.training.checkpoints import RunState
 from acdit.training.consolidate import empty_model, publish
 from acdit.training.ema import EMAWeights
+from acdit.training.initial import initialise
 from acdit.training.lr_schedules import decay_start, make_lr_scheduler
 from acdit.training.parallel import Parallel
 from acdit.training.reporting import Report
@@ -80,6 +81,8 @@ class Trainer:
         self.parallel = Parallel(recipe)
         self.built: Built = build(recipe)
         self._require_even_batches()
+        if recipe.train.init_from is not None and resume is None and branch_from is None:
+            initialise(self.built.model, recipe.train.init_from)
         model = self.parallel.place(self.built.model)
         optimizer = torch.optim.AdamW(
             parameter_groups(model, recipe.optim.weight_decay),
