@@ -161,7 +161,7 @@ class KVCache:
         """
         if copies < 1:
             raise ConfigError("copies", found=str(copies), expected="at least 1")
-        child = self._like(self.batch_size * copies)
+        child = self.like(self.batch_size * copies)
         ours, theirs = self.tensors(), child._buffers(self._sink_keys is not None)
         for name, held in ours.items():
             theirs[name][:, : held.shape[1]] = held.repeat_interleave(copies, dim=0)
@@ -218,8 +218,8 @@ class KVCache:
             named |= {f"sinks.{layer}": buffer for layer, buffer in enumerate(self._sink_keys)}
         return named
 
-    def _like(self, batch_size: int) -> KVCache:
-        """An empty cache of the same kind."""
+    def like(self, batch_size: int) -> KVCache:
+        """An empty cache of the same kind, for so many samples."""
         keys = self._keys[0]
         return KVCache(
             self.num_layers, batch_size, self.max_tokens, keys.shape[2], keys.shape[3], self.block_tokens, keys.dtype,

@@ -35,8 +35,9 @@ class Stream:
 
     Args:
         pipeline: of a video model.
-        labels: (B,) a class for each sample; None: an unconditional model, one sample. They may be set anew between
-            blocks: `stream.labels = [5]`.
+        labels: (B,) a class for each sample; None: an unconditional model. They may be set anew between blocks:
+            `stream.labels = [5]`.
+        batch_size: B of an unconditional model (default 1).
         num_inference_steps: solver steps a block.
         guidance_scale: 1 is off.
         seed: sample i draws from seed + i.
@@ -53,6 +54,7 @@ class Stream:
         pipeline: ACDiTPipeline,
         labels: Sequence[int] | None,
         *,
+        batch_size: int | None = None,
         num_inference_steps: int = 25,
         guidance_scale: float = 1.5,
         seed: int = 0,
@@ -63,6 +65,7 @@ class Stream:
         if model.layout.ndim != 3:
             raise ConfigError("model", found=f"one of {model.layout.ndim}-D data", expected="a video model")
         self.pipeline, self.labels = pipeline, None if labels is None else list(labels)
+        self.first_labels = self.labels
         self.num_inference_steps, self.seed = num_inference_steps, seed
         self.guidance_scale = guidance_scale if labels is not None else 1.0
         window = window or model.window
@@ -71,7 +74,7 @@ class Stream:
                 "stream", found="a model that was trained without a window", expected="a window, or a last block",
                 fix="--window W forgets what is older (an experiment with such a model), or --blocks N keeps all",
             )  # fmt: skip
-        batch = 1 if labels is None else len(labels)
+        batch = (batch_size or 1) if labels is None else len(labels)
         self._cache: KVCache = model.new_cache(batch, None if window else max_blocks, window)
         self._generators = generators_from_seed(seed, batch)
         self._last: Tensor | None = None
@@ -87,12 +90,19 @@ class Stream:
         return self._cache.num_blocks + (self._last is not None)
 
     @property
+    def batch_size(self) -> int:
+        """B."""
+        return self._cache.batch_size
+
+    @property
     def cache_nbytes(self) -> int:
         """Bytes of the cache: constant under a window."""
         return self._cache.nbytes
 
     def give(self, blocks: Tensor) -> None:
         """Start from given clean blocks (B or 1, n, L, D) in model space: whole steps of time.
+
+        One past for all samples is read once, and its cache forked: several futures.
 
         Raises:
             ConfigError: the stream has begun, or blocks that are no whole steps.
@@ -102,11 +112,14 @@ class Stream:
                 "given blocks", found=f"{blocks.shape[1]} of them, {self.num_blocks} there already",
                 expected=f"multiples of {self._blocks_a_step}, the blocks of a step of time, before the first one",
             )  # fmt: skip
-        blocks = blocks.expand(self._cache.batch_size, -1, -1, -1)
         weight = self.pipeline.transformer.x_embedder.weight
+        batch = self.batch_size
+        shared = blocks.shape[0] == 1 and batch > 1
+        cache = self._cache.like(1) if shared else self._cache
         with torch.no_grad():
-            self.pipeline.transformer.prefill(blocks[:, :-1].to(weight), self._cache)
-        self._last = blocks[:, -1]
+            self.pipeline.transformer.prefill(blocks[:, :-1].to(weight), cache)
+        self._cache = cache.fork(batch) if shared else cache
+        self._last = blocks[:, -1].to(weight.device).expand(batch, -1, -1)
 
     def next_block(self) -> Tensor:
         """Generate one block, (B, L, D) in model space."""
@@ -131,8 +144,8 @@ class Stream:
         for _ in range(blocks):
             self._step.append(self.next_block())
             if len(self._step) == self._blocks_a_step:
-                yield self.decode(torch.stack(self._step, dim=1))
-                self._step = []
+                finished, self._step = torch.stack(self._step, dim=1), []
+                yield self.decode(finished)
 
     def decode(self, blocks: Tensor) -> Tensor:
         """Blocks (B, n, L, D) of whole steps of time → frames (B, T, C, H, W) in [0, 1]."""

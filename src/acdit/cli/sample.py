@@ -9,14 +9,17 @@ from typing import Any
 
 from acdit.cli.models import add_sampling_options, asked_labels, averaging_of, load_pipeline
 from acdit.cli.parser import AddCommand, positive, version
+from acdit.cli.sample_video import add_video_options, require_no_video_options, sample_clips
 
 
 def add(command: AddCommand) -> None:
     """Declare the command's options."""
     made = command(
-        "sample", _sample, "Draw pictures with a trained model: a few, or with --num-samples as many as FID wants.",
+        "sample", _sample, "Draw pictures or clips with a model: a few, or with --num-samples as many as FID wants.",
         "acdit sample runs/demo/model --labels 0 1 2 3 --steps 25 --guidance-scale 1.5 --seed 0 --output out/\n"
-        "  torchrun --nproc-per-node 8 -m acdit.cli sample MODEL --num-samples 50000 --npz samples.npz --output out/",
+        "  torchrun --nproc-per-node 8 -m acdit.cli sample MODEL --num-samples 50000 --npz samples.npz --output out/\n"
+        "  acdit sample VIDEO_MODEL --labels 3 --prompt clip.mp4 --futures 4 --output out/\n"
+        "  acdit sample VIDEO_MODEL --labels 3 --stream --blocks 1000 --output out/",
     )  # fmt: skip
     made.add_argument("model", help="folder of a saved pipeline, or a hub id")
     add_sampling_options(made)
@@ -32,7 +35,8 @@ def add(command: AddCommand) -> None:
     made.add_argument("--npz", metavar="FILE", help="with --num-samples: write ADM's form (arr_0) instead of PNGs")
     made.add_argument("--png", action="store_true", help="with --npz: PNGs as well")
     made.add_argument("--chunk-size", type=positive, default=256, help="pictures a kept part (default 256)")
-    made.add_argument("--output", default="out", help="folder for PNGs, grid.png and settings.json (default out)")
+    made.add_argument("--output", default="out", help="folder for what is drawn and settings.json (default out)")
+    add_video_options(made)
 
 
 def _sample(options: argparse.Namespace) -> None:
@@ -54,6 +58,10 @@ def _sample_few(options: argparse.Namespace) -> None:
     from acdit.generation import SamplingSettings, draw_pictures, picture_name, require_pictures, save_png
 
     pipeline = load_pipeline(options)
+    if pipeline.transformer.layout.ndim == 3:
+        sample_clips(options, pipeline)
+        return
+    require_no_video_options(options)
     require_pictures(pipeline)
     asked = asked_labels(options, pipeline, default="first")
     labels = None if asked is None else [index for index in asked for _ in range(options.per_label)]
