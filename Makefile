@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 REFERENCE ?=
 
-.PHONY: venv demo test test-all lint format bench clean
+.PHONY: venv demo demo-video test test-all lint format bench clean
 
 venv: $(READY)
 
@@ -20,6 +20,9 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY)
 	$(BIN)/acdit demo --output runs/demo
+
+demo-video: $(READY)
+	$(BIN)/acdit demo --video --output runs/demo-video
 
 # A worker a core, a thread a worker: two threads in each of two workers would wait for each other on two cores.
 test: $(READY)

@@ -72,7 +72,7 @@ def run_demo(
     started = time.perf_counter()
     run = Path(output_dir)
     recipe = load_recipe(RECIPE, [f"name={RUN_NAME}", f"seed={seed}", *overrides])
-    _clear(run)
+    clear_folder(run, RUN_NAME)
     training_started = time.perf_counter()
     pipeline = Trainer(recipe, run, progress=progress).train()
     seconds_training = time.perf_counter() - training_started
@@ -214,8 +214,12 @@ def _first_sample_seed(seed: int) -> int:
     return (seed << 32) % 2**63
 
 
-def _clear(run: Path) -> None:
-    """Make way for a demo: remove an earlier one, refuse anything else."""
+def clear_folder(run: Path, name: str) -> None:
+    """Make way for a demo: remove an earlier one, known by its recipe's name; refuse anything else.
+
+    Raises:
+        StorageError: the folder holds something else, or another demo is at work in it.
+    """
     if not run.exists():
         return
     if not run.is_dir():
@@ -223,7 +227,7 @@ def _clear(run: Path) -> None:
     present = {entry.name for entry in run.iterdir()} - {".lock"}
     if not present:
         return
-    if not _is_demo(run / "recipe.yaml"):
+    if not _is_demo(run / "recipe.yaml", name):
         raise StorageError(
             f"{run}",
             found=f"{len(present)} entries that no demo left ({', '.join(sorted(present)[:5])})",
@@ -239,12 +243,12 @@ def _clear(run: Path) -> None:
         (run / "recipe.yaml").unlink()  # last: an interrupted removal is still known as a demo's
 
 
-def _is_demo(recipe_path: Path) -> bool:
+def _is_demo(recipe_path: Path, name: str) -> bool:
     try:
         recipe = read_yaml(recipe_path.read_text(encoding="utf-8"), str(recipe_path))
     except (OSError, ValueError):
         return False
-    return isinstance(recipe, dict) and recipe.get("name") == RUN_NAME
+    return isinstance(recipe, dict) and recipe.get("name") == name
 
 
 def summary(metrics: dict[str, Any], run: str | Path) -> str:

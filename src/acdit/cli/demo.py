@@ -10,14 +10,21 @@ from acdit.cli.parser import AddCommand
 def add(command: AddCommand) -> None:
     """Declare the command's options."""
     made = command(
-        "demo", _demo, "Train on the built-in digits and look at the result.", "acdit demo --output runs/demo"
-    )
-    made.add_argument("overrides", nargs="*", metavar="key.key=value", help="change fields of the recipe `digits`")
-    made.add_argument("--output", default="runs/demo", help="default runs/demo")
+        "demo", _demo, "Train on the built-in digits and look at the result.",
+        "acdit demo --output runs/demo\n  acdit demo --video --output runs/demo-video",
+    )  # fmt: skip
+    made.add_argument("overrides", nargs="*", metavar="key.key=value", help="change fields of the recipe")
+    made.add_argument("--video", action="store_true", help="digits that move, and a stream of them")
+    made.add_argument("--output", help="default runs/demo, or runs/demo-video")
     made.add_argument("--seed", type=int, default=0)
 
 
 def _demo(options: argparse.Namespace) -> None:
+    if options.video:
+        from acdit.demo_video import run_demo_video
+
+        run_demo_video(options.output or "runs/demo-video", seed=options.seed, overrides=options.overrides)
+        return
     from acdit.demo import run_demo
 
-    run_demo(options.output, seed=options.seed, overrides=options.overrides)
+    run_demo(options.output or "runs/demo", seed=options.seed, overrides=options.overrides)
