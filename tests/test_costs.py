@@ -15,7 +15,7 @@ from acdit import ACDiTTransformer, costs
 from acdit.corruption import GaussianCorruption
 from acdit.costs import Architecture
 from acdit.errors import ConfigError
-from acdit.mask import Streams, dense_mask
+from acdit.mask import Streams, Window, dense_mask
 from acdit.model import PRESETS
 from acdit.products import CPU_MULTIPLIES_BF16
 from acdit.recompute import checkpoint_elementwise
@@ -34,6 +34,10 @@ MODELS: dict[str, dict[str, Any]] = {
         "grid": (16, 16), "block": (4, 8), "num_layers": 4, "num_attention_heads": 2, "mlp_ratio": 2.0, "batch": 1,
     },
     "one layer": {"grid": (16, 16), "block": (8, 8), "num_layers": 1, "num_attention_heads": 2, "batch": 2},
+    "window and a sink": {
+        "grid": (8, 4, 4), "block": (1, 4, 4), "num_layers": 2, "num_attention_heads": 2, "batch": 2, "window": 2,
+        "sink_blocks": 1,
+    },
 }  # fmt: skip
 MODES = ("none", "elementwise", "layers")
 
@@ -79,8 +83,8 @@ def allocated_peak(run: Callable[[], Any]) -> int:
 def counted_flops(run: Callable[[], Any]) -> float:
     """By torch's counter, which knows no attention of the CPU: its products are counted from the mask itself."""
 
-    def pairs(q: tuple[int, ...], num_clean: int, num_blocks: int, copies: int) -> int:
-        streams = Streams(num_clean, num_blocks, copies, q[2])
+    def pairs(q: tuple[int, ...], num_clean: int, num_blocks: int, copies: int, window: int, sinks: int) -> int:
+        streams = Streams(num_clean, num_blocks, copies, q[2], Window(window, sinks) if window else None)
         return int(dense_mask(streams, streams.total - q[1]).sum()) * q[0] * q[3] * q[4]
 
     def forward(q: Any, k: Any, v: Any, *streams: int, out_shape: Any = None) -> int:

@@ -41,7 +41,7 @@ _PROTOCOL = (
     "frame_accuracy: of {clips} clips, each class equally often, the share whose digit the classifier reads, in the "
     "frame where it is lowest. velocity_error: the larger of the relative differences of mean and standard deviation "
     "of the speed of the ink's centre (pixels a frame) between these clips and {held_out} held-out ones. "
-    "stream_frame_accuracy: the share of frames read right in the last tenth of the stream's blocks, {streams} samples. "
+    "stream_frame_accuracy: the share of frames read right in the last tenth of the blocks, {streams} samples. "
     "The classifier reads single frames; classifier_accuracy is its share on frames of held-out clips."
 )
 
