@@ -111,6 +111,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StorageError):
         stream_of(pipeline).load(tmp_path / "nowhere")
     state = tmp_path / "kept" / "state.safetensors"
-    state.write_bytes(state.read_bytes()[:-1] + b"\0")
+    whole = state.read_bytes()
+    state.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     with pytest.raises(StorageError, match=r"sha256|bytes"):
         stream_of(pipeline).load(tmp_path / "kept")

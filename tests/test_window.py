@@ -58,10 +58,11 @@ def test_a_windowed_cache_equals_the_training_forward_long_after_the_window_move
 
 def test_a_moved_window_changes_the_prediction_so_the_equality_can_fail() -> None:
     """The same weights without the window, with another one, and with sinks that stay: all other numbers."""
+    frames: dict[str, Any] = {"grid": (9, 4, 4), "block": (1, 4, 4)}
     kinds = {
-        "none": tiny_model(**LAYOUTS["frames"]),
-        **{name: windowed("frames", name) for name in WINDOWS},
-        "sinks that stay": tiny_model(**LAYOUTS["frames"], window=2, sink_blocks=2),
+        "none": tiny_model(**frames),
+        **{name: tiny_model(**frames, **settings) for name, settings in WINDOWS.items()},
+        "sinks that stay": tiny_model(**frames, window=2, sink_blocks=2),
     }
     clean, noisy = blocks_of(kinds["none"], 1, 9), blocks_of(kinds["none"], 1, 9)
     with torch.no_grad():

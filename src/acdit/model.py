@@ -184,7 +184,8 @@ class ACDiTTransformer(SafetensorsOnly, ModelMixin, ConfigMixin):
         """Denoise every noisy block against the clean blocks before it, in one pass (paper Figure 2a).
 
         Args:
-            clean: (B, N, L, D), the context. Its last block has no reader and is not computed.
+            clean: (B, N, L, D), the context. Its last block has no reader and is not computed. Under a window N may be
+                any number: blocks beyond the grid go on along its first axis.
             noisy: (B, N, L, D), or (B, C, N, L, D) for C noisy copies that share the clean pass.
             timestep: a number for all, (B,) one a sample, or one a block: broadcastable to (B, N) or (B, C, N).
             class_labels: one for all, (B,), or one a block, like `timestep`; None: no label.
@@ -193,8 +194,9 @@ class ACDiTTransformer(SafetensorsOnly, ModelMixin, ConfigMixin):
         Returns:
             `sample`, the prediction, shaped like `noisy`.
         """
-        self._require_blocks("clean", clean, 4)
-        self._require_blocks("noisy", noisy, 5 if noisy.ndim == 5 else 4)
+        count = clean.shape[1] if self.window is not None and clean.ndim == 4 else None
+        self._require_blocks("clean", clean, 4, count)
+        self._require_blocks("noisy", noisy, 5 if noisy.ndim == 5 else 4, count)
         copies = noisy if noisy.ndim == 5 else noisy[:, None]
         batch, num_copies, num_blocks, length, width = copies.shape
         if clean.shape[0] != batch:

@@ -116,8 +116,9 @@ class Stream:
         batch = self.batch_size
         shared = blocks.shape[0] == 1 and batch > 1
         cache = self._cache.like(1) if shared else self._cache
-        with torch.no_grad():
-            self.pipeline.transformer.prefill(blocks[:, :-1].to(weight), cache)
+        if blocks.shape[1] > 1:
+            with torch.no_grad():
+                self.pipeline.transformer.prefill(blocks[:, :-1].to(weight), cache)
         self._cache = cache.fork(batch) if shared else cache
         self._last = blocks[:, -1].to(weight.device).expand(batch, -1, -1)
 
@@ -162,8 +163,8 @@ class Stream:
         tensors = {f"cache.{name}": tensor.contiguous() for name, tensor in self._cache.tensors().items()}
         tensors |= {f"noise.{index}": one.get_state() for index, one in enumerate(self._generators)}
         if self._last is not None:
-            tensors["last"] = self._last.contiguous()
-        tensors |= {f"step.{index}": block.contiguous() for index, block in enumerate(self._step)}
+            tensors["last"] = self._last.clone()
+        tensors |= {f"step.{index}": block.clone() for index, block in enumerate(self._step)}
         facts = {"settings": self._settings(), "cache": self._cache.facts()}
         with storage.atomic_directory(folder) as directory:
             save_file(tensors, directory / _STATE)

@@ -118,7 +118,7 @@ class _Mp4(_Writer):
 
     def _open(self, height: int, width: int) -> None:
         # An explicit format: a file that is not finished may have any name.
-        options = {"movflags": "frag_keyframe+empty_moov+default_base_moof"}
+        options = {"movflags": "frag_keyframe+empty_moov+default_base_moof", "flush_packets": "1"}
         self._container = self._av.open(str(self.path), "w", format="mp4", options=options)
         self._stream = self._container.add_stream("libx264", rate=self._fps)
         self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, "yuv420p"
