@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from acdit.allocator import keep_freed_memory
 from acdit.cli import consolidate, convert, data, demo, encode, evaluate, plan, recipes, sample, train
 from acdit.cli.parser import EXIT_CODES, version
 
@@ -32,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = _parsed([_dashes(argument) for argument in given])
+    keep_freed_memory()
     logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(levelname)s %(message)s")
     if options.debug:
         return int(options.run(options) or 0)
