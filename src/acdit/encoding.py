@@ -30,14 +30,16 @@ from acdit import draws, storage
 from acdit.codecs import VAECodec, load_vae
 from acdit.codecs.autoencoders import set_memory_savers
 from acdit.data.bad_files import BadFiles
-from acdit.data.images import ImagesDataset
+from acdit.data.build import build_dataset, require_used
+from acdit.data.labelled import LabelledPictures
 from acdit.data.latents import FORMAT, KIND, LatentsManifest, Shard, VAEIdentity
 from acdit.errors import ConfigError, DataError, NonFiniteError, StorageError
-from acdit.recipe import differing
+from acdit.recipe import DataRecipe, differing
 from acdit.workers import Progress, run_tasks
 
 logger = logging.getLogger(__name__)
 
+KINDS = ("images", "webdataset", "hf")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 POSTERIORS = ("mode", "sample", "moments")
 CROP = "adm-center"  # what `acdit.data.picture.resize_and_crop` does
@@ -50,11 +52,16 @@ class EncodeSettings:
     """What to encode, and how; all of it shapes the result."""
 
     data: str
-    """Class folders, in a directory or a zip."""
+    """Where the pictures lie: data.root of a recipe of this `kind`."""
     vae: str
     """Folder or hub id."""
     subfolder: str | None = None
+    kind: str = "images"
+    """How they lie there: one of `KINDS`, as data.kind of a recipe; so are the next four."""
     split: str = "train"
+    classes: str | None = None
+    image_column: str = "image"
+    label_column: str = "label"
     size: int = 256
     """Pixels: resize and centre crop as ADM does."""
     flips: bool = False
@@ -98,7 +105,7 @@ def encode_dataset(
 
     Raises:
         ConfigError: a setting, the autoencoder, or a directory begun with other settings.
-        DataError: the pictures, or more bad ones than allowed.
+        DataError: the pictures, their labels, or more bad ones than allowed.
         NonFiniteError: NaN or infinite latents; the picture and its index are named.
         StorageError: no room (what is encoded stays), or a directory with other things in it.
         PeerLostError: a worker was killed.
@@ -114,7 +121,8 @@ def encode_dataset(
         storage.clean_leftovers(output)
         vae = load_vae(settings.vae, settings.subfolder)
         channels = int(getattr(vae.config, "in_channels", 3))
-        dataset = ImagesDataset(settings.data, settings.split, channels, settings.size, settings.max_bad_files)
+        dataset = build_dataset(_recipe(settings, channels))
+        assert isinstance(dataset, LabelledPictures)  # as all of `KINDS` are
         plan = _begin(output, _plan(settings, dataset, vae, channels))
         counts = [
             min(settings.shard_size, plan["samples"] - start)
@@ -160,7 +168,7 @@ class ShardEncoder:
         device: as in `encode_dataset`.
     """
 
-    def __init__(self, settings: EncodeSettings, dataset: ImagesDataset, output: Path, device: str | None) -> None:
+    def __init__(self, settings: EncodeSettings, dataset: LabelledPictures, output: Path, device: str | None) -> None:
         self.settings, self.dataset, self.output, self.device = settings, dataset, output, device
         self.vae: Any = None
         self._codec: VAECodec | None = None
@@ -251,7 +259,7 @@ def _sums(tensors: dict[str, Tensor]) -> tuple[int, list[float], list[float]]:
 
 
 def _check(settings: EncodeSettings) -> None:
-    for name, known in (("dtype", DTYPES), ("precision", DTYPES), ("posterior", POSTERIORS)):
+    for name, known in (("kind", KINDS), ("dtype", DTYPES), ("precision", DTYPES), ("posterior", POSTERIORS)):
         if getattr(settings, name) not in known:
             raise ConfigError(f"--{name}", found=repr(getattr(settings, name)), expected=f"one of {tuple(known)}")
     for name in ("size", "batch_size", "shard_size"):
@@ -259,24 +267,31 @@ def _check(settings: EncodeSettings) -> None:
             raise ConfigError(f"--{name.replace('_', '-')}", found=str(getattr(settings, name)), expected="at least 1")
     if settings.max_bad_files < 0 or settings.seed < 0:
         raise ConfigError("--max-bad-files, --seed", found="a negative number", expected="at least 0")
+    require_used(_recipe(settings))
+
+
+def _recipe(settings: EncodeSettings, channels: int = 3) -> DataRecipe:
+    """The pictures, as training would read them: what a recipe refuses is refused here."""
+    names = ("kind", "split", "size", "classes", "image_column", "label_column", "max_bad_files")
+    return DataRecipe(root=settings.data, channels=channels, **{name: getattr(settings, name) for name in names})
 
 
 def _foreign(output: Path) -> bool:
     return any(not place.name.startswith(".") for place in output.iterdir())
 
 
-def _plan(settings: EncodeSettings, dataset: ImagesDataset, vae: Any, channels: int) -> dict[str, Any]:
+def _plan(settings: EncodeSettings, dataset: LabelledPictures, vae: Any, channels: int) -> dict[str, Any]:
     """Everything the result follows from."""
     import diffusers
 
     codec = VAECodec(vae)
     set_memory_savers(vae, tiling=settings.tiling, slicing=settings.slicing)
     files = hashlib.sha256()
-    for path, label in dataset.listing():
-        files.update(f"{path}\0{label}\n".encode("utf-8", "surrogateescape"))
-    identity = VAEIdentity.of(vae, settings.vae, settings.subfolder)
+    for identity, label in dataset.listing():
+        files.update(f"{identity}\0{label}\n".encode("utf-8", "surrogateescape"))
     plan = {
-        "vae": asdict(identity), "latent_shape": codec.latent_shape(settings.size, settings.size),
+        "vae": asdict(VAEIdentity.of(vae, settings.vae, settings.subfolder)),
+        "latent_shape": codec.latent_shape(settings.size, settings.size),
         "dtype": settings.dtype, "posterior": settings.posterior, "flips": settings.flips,
         "resolution": settings.size, "crop": CROP, "picture_channels": channels, "split": settings.split,
         "seed": settings.seed, "precision": settings.precision, "batch_size": settings.batch_size,

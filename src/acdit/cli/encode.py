@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import re
 
 from acdit.cli.parser import AddCommand, positive
 
 DTYPES = ("fp32", "fp16", "bf16")
+KINDS = ("images", "webdataset", "hf")
+# Settings of a recipe's data that this command takes too: errors about them are to name what was typed here.
+_TYPED = {
+    "root": "DATA", "kind": "--kind", "split": "--split", "size": "--size", "classes": "--classes",
+    "image_column": "--image-column", "label_column": "--label-column", "max_bad_files": "--max-bad-files",
+}  # fmt: skip
 
 
 def add(command: AddCommand) -> None:
@@ -15,11 +22,23 @@ def add(command: AddCommand) -> None:
         "encode", _encode, "Encode pictures to the latents of an autoencoder, once, for training to read.",
         "acdit encode /data/imagenet --vae /models/sd-vae --size 256 --flips --workers 8 --output latents/imagenet256",
     )  # fmt: skip
-    made.add_argument("data", help="one folder a class, in a directory or a zip")
+    made.add_argument("data", metavar="DATA", help="where the pictures lie; in which form says --kind")
+    made.add_argument(
+        "--kind", choices=KINDS, default="images",
+        help="images: one folder a class, in a directory or a zip (default); webdataset: tars, as a file, a folder or "
+        "a pattern like shards-{000..010}.tar; hf: parquet or arrow files, a saved data set, a name on the hub",
+    )  # fmt: skip
     made.add_argument("--vae", required=True, help="folder or hub id of a diffusers autoencoder")
     made.add_argument("--subfolder", help="where in it the autoencoder lies: vae in a saved pipeline")
     made.add_argument("--output", required=True, help="directory for the shards; one that was begun is gone on with")
-    made.add_argument("--split", default="train", help="folder between the root and the classes (default train)")
+    made.add_argument("--split", default="train", help="folder below DATA, or split of the data set (default train)")
+    made.add_argument(
+        "--classes", metavar="FILE", help="the classes in order, a line each, or JSON; default: the data's"
+    )
+    made.add_argument("--image-column", default="image", help="of --kind hf (default image)")
+    made.add_argument(
+        "--label-column", default="label", help="of --kind hf, or field of a .json of --kind webdataset (default label)"
+    )
     made.add_argument("--size", type=positive, default=256, help="pixels, after ADM's centre crop (default 256)")
     made.add_argument("--flips", action="store_true", help="encode the mirrored pictures too, for data.flip=true")
     made.add_argument(
@@ -45,18 +64,28 @@ def _encode(options: argparse.Namespace) -> None:
     import dataclasses
 
     from acdit.encoding import EncodeSettings, encode_dataset
+    from acdit.errors import AcditError
 
     names = [field.name for field in dataclasses.fields(EncodeSettings)]
-    manifest = encode_dataset(
-        EncodeSettings(**{name: getattr(options, name) for name in names}),
-        options.output,
-        workers=options.workers,
-        threads=options.threads,
-        device=options.device,
-    )
+    try:
+        manifest = encode_dataset(
+            EncodeSettings(**{name: getattr(options, name) for name in names}),
+            options.output,
+            workers=options.workers,
+            threads=options.threads,
+            device=options.device,
+        )
+    except AcditError as error:
+        what, found, expected, fix = map(_typed, (error.what, error.found, error.expected, error.fix))
+        raise type(error)(what, found=found, expected=expected, fix=fix) from error
     channels, height, width = manifest.latent_shape
     print(
         f"done: {options.output}: {manifest.samples} pictures of {len(manifest.class_names)} classes as "
         f"{channels}×{height}×{width}, standard deviation {manifest.std:.3f}; train with data.kind=latents "
         f"data.root={options.output} codec.kind=vae codec.vae={options.vae}"
     )
+
+
+def _typed(text: str) -> str:
+    """A message about a recipe's data.classes is one about --classes; paths that happen to read like that stay."""
+    return re.sub(r"(?<![\w/.-])data\.(\w+)(?![\w/.-])", lambda key: _TYPED.get(key[1], key[0]), text)

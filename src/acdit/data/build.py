@@ -65,6 +65,23 @@ def length(dataset: Dataset | StreamDataset) -> int | None:
     return None if isinstance(dataset, StreamDataset) else len(dataset)
 
 
+def require_used(recipe: DataRecipe) -> None:
+    """Refuse a setting that the recipe's kind of data has no use for.
+
+    Raises:
+        ConfigError: an unknown kind, or such a setting.
+    """
+    if recipe.kind not in KINDS:
+        raise ConfigError("data.kind", found=repr(recipe.kind), expected=f"one of {KINDS}")
+    for setting in dataclasses.fields(recipe):
+        value, kinds = getattr(recipe, setting.name), _ONLY_FOR.get(setting.name, KINDS)
+        if recipe.kind not in kinds and value != setting.default:
+            raise ConfigError(
+                f"data.{setting.name}", found=repr(value),
+                expected=f"{setting.default!r}: only data.kind={' or '.join(kinds)} has a use for it",
+            )  # fmt: skip
+
+
 def build_dataset(recipe: DataRecipe, posterior: str = "mode") -> Dataset | StreamDataset:
     """The data set a recipe names.
 
@@ -76,15 +93,7 @@ def build_dataset(recipe: DataRecipe, posterior: str = "mode") -> Dataset | Stre
         ConfigError: an unknown kind, a missing root, or a setting that this kind has no use for.
         DataError: what the data set itself refuses.
     """
-    if recipe.kind not in KINDS:
-        raise ConfigError("data.kind", found=repr(recipe.kind), expected=f"one of {KINDS}")
-    for setting in dataclasses.fields(recipe):
-        value, kinds = getattr(recipe, setting.name), _ONLY_FOR.get(setting.name, KINDS)
-        if recipe.kind not in kinds and value != setting.default:
-            raise ConfigError(
-                f"data.{setting.name}", found=repr(value),
-                expected=f"{setting.default!r}: only data.kind={' or '.join(kinds)} has a use for it",
-            )  # fmt: skip
+    require_used(recipe)
     usual = DataRecipe(kind="hf").shuffle_buffer
     if recipe.kind == "hf" and not recipe.streaming and recipe.shuffle_buffer != usual:
         raise ConfigError(

@@ -6,8 +6,10 @@ hold here as everywhere (see `decode_picture`).
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from glob import glob
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ EXPECTED = (
     "a folder of class folders, of .parquet files or written by save_to_disk; a .parquet or .arrow file or a pattern "
     "of them; or the name of a data set on the hub"
 )
+_LISTED_AT_ONCE = 1000  # rows
 
 
 def load_table(root: str, split: str, streaming: bool) -> Any:
@@ -236,6 +239,24 @@ class HFDataset(LabelledPictures):
         """Row of the table."""
         return self._row(index)
 
+    def listing(self) -> Iterator[tuple[str, int]]:
+        """(sha256 of the picture's bytes, or its path below the root, class) of every row: reads the whole column.
+
+        The library's own fingerprint would cost nothing, but it is of paths, times and the library's version: a table
+        that was copied to another disk would be taken for another one.
+        """
+        return zip(self._identities(), self.labels.tolist(), strict=True)
+
+    def _identities(self) -> Iterator[str]:
+        # Whatever way the root was given, the library may name its files by absolute paths or resolved ones.
+        roots = list(dict.fromkeys([os.path.abspath(self._root), os.path.realpath(self._root)]))
+        for batch in self._pictures.with_format("arrow").iter(_LISTED_AT_ONCE):
+            for cells in batch[self._column].chunks:
+                fields = dict(zip(cells.type.names, cells.flatten(), strict=True))  # of an empty cell both are null
+                for data, path in zip(fields["bytes"], fields["path"].to_pylist(), strict=True):
+                    buffer = data.as_buffer()
+                    yield _below(path, roots) if buffer is None else hashlib.sha256(buffer).hexdigest()
+
     def _row(self, index: int) -> str:
         return f"{self._where}, row {index}"
 
@@ -245,3 +266,11 @@ class HFDataset(LabelledPictures):
         except Exception as error:  # pyarrow's, of a damaged file
             raise BadPicture(f"{type(error).__name__}: {first_line(error)}") from error
         return picture_bytes(cell, self._root)
+
+
+def _below(path: str | None, roots: Sequence[str]) -> str:
+    """The path relative to the root that holds it, or as it is."""
+    for root in roots:
+        if path is not None and Path(path).is_relative_to(root):
+            return os.path.relpath(path, root)
+    return path or ""

@@ -70,7 +70,7 @@ class ImagesDataset(LabelledPictures):
         return self._source.describe(self._files[index])
 
     def listing(self) -> Iterator[tuple[str, int]]:
-        """(path below the root, class) of every index: what the order of samples follows from."""
+        """(path below the root, class) of every index."""
         return zip(self._files, self.labels.tolist(), strict=True)
 
     def _read(self, index: int) -> bytes:

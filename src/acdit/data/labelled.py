@@ -43,6 +43,13 @@ class LabelledPictures(ABC):
         """How messages name the file at an index."""
 
     @abstractmethod
+    def listing(self) -> Iterator[tuple[str, int]]:
+        """(what tells the sample from others, class) of every index: by this an interrupted work knows its data again.
+
+        The same in every process, and wherever the data lie; other data, or another order, give another listing.
+        """
+
+    @abstractmethod
     def _read(self, index: int) -> bytes:
         """The file's bytes; raises `BadPicture` where there are none."""
 

@@ -89,7 +89,7 @@ class LatentsManifest:
     class_names: list[str]
     samples: int
     files_sha256: str
-    """Over the paths and classes that were encoded, in order."""
+    """Over what tells the samples from others, and their classes, in order (`LabelledPictures.listing`)."""
     channel_mean: list[float]
     channel_std: list[float]
     bad_files: dict[str, str]

@@ -12,7 +12,7 @@ memory: nothing is written beside the data.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -76,6 +76,13 @@ class ShardsDataset(LabelledPictures):
     def describe(self, index: int) -> str:
         """Shard and name of the picture."""
         return self._shards[self._ranges[index, 0]].describe(self._names[index])
+
+    def listing(self) -> Iterator[tuple[str, int]]:
+        """(shard's file name, picture's name, offset and size, class) of every index."""
+        for name, (number, offset, size), label in zip(
+            self._names, self._ranges.tolist(), self.labels.tolist(), strict=True
+        ):
+            yield f"{self._shards[number].path.name}\0{name}\0{offset}\0{size}", label
 
     def _read(self, index: int) -> bytes:
         shard, offset, size = map(int, self._ranges[index])
