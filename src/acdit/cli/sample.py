@@ -10,13 +10,17 @@ from typing import Any
 from acdit.cli.models import add_sampling_options, asked_labels, averaging_of, load_pipeline
 from acdit.cli.parser import AddCommand, positive, version
 
+FORMATS = ("mp4", "gif", "frames")
+
 
 def add(command: AddCommand) -> None:
     """Declare the command's options."""
     made = command(
-        "sample", _sample, "Draw pictures with a trained model: a few, or with --num-samples as many as FID wants.",
+        "sample", _sample,
+        "Draw pictures with a trained model: a few, or with --num-samples as many as FID wants; or clips.",
         "acdit sample runs/demo/model --labels 0 1 2 3 --steps 25 --guidance-scale 1.5 --seed 0 --output out/\n"
-        "  torchrun --nproc-per-node 8 -m acdit.cli sample MODEL --num-samples 50000 --npz samples.npz --output out/",
+        "  torchrun --nproc-per-node 8 -m acdit.cli sample MODEL --num-samples 50000 --npz samples.npz --output out/\n"
+        "  acdit sample VIDEO_MODEL --num-samples 2048 --npz clips.npz --format mp4 --output out/",
     )  # fmt: skip
     made.add_argument("model", help="folder of a saved pipeline, or a hub id")
     add_sampling_options(made)
@@ -26,11 +30,16 @@ def add(command: AddCommand) -> None:
     made.add_argument("--prefix-blocks", type=positive, help="how many of them")
     made.add_argument(
         "--num-samples", type=positive, metavar="N",
-        help="draw N pictures in parts that are kept (go on after a kill by the same command), over all processes of "
-        "torchrun; labels take turns, without --labels all classes",
+        help="draw N pictures or clips in parts that are kept (go on after a kill by the same command), over all "
+        "processes of torchrun; labels take turns, without --labels all classes",
     )  # fmt: skip
-    made.add_argument("--npz", metavar="FILE", help="with --num-samples: write ADM's form (arr_0) instead of PNGs")
+    made.add_argument("--npz", metavar="FILE", help="with --num-samples: write ADM's form (arr_0) instead of files")
     made.add_argument("--png", action="store_true", help="with --npz: PNGs as well")
+    made.add_argument(
+        "--format", choices=FORMATS,
+        help="of clips: frames (default: folders of PNGs, exact), or films, to look at; with --npz: as well",
+    )  # fmt: skip
+    made.add_argument("--fps", type=positive, default=8, help="of films: frames a second (default 8)")
     made.add_argument("--chunk-size", type=positive, default=256, help="pictures a kept part (default 256)")
     made.add_argument("--output", default="out", help="folder for PNGs, grid.png and settings.json (default out)")
 
@@ -43,6 +52,8 @@ def _sample(options: argparse.Namespace) -> None:
         return
     if options.npz or options.png:
         raise ConfigError("--npz" if options.npz else "--png", found="no --num-samples", expected="both")
+    if options.format:
+        raise ConfigError("--format", found="no --num-samples", expected="both: clips are drawn by number")
     _sample_few(options)
 
 
@@ -83,7 +94,7 @@ def _sample_few(options: argparse.Namespace) -> None:
 def _sample_many(options: argparse.Namespace) -> None:
     from acdit import provenance, storage
     from acdit.errors import ConfigError
-    from acdit.generation import SamplingSettings, generate, write_grid, write_npz, write_pngs
+    from acdit.generation import SamplingSettings, draws_clips, generate, write_clips, write_grid, write_npz, write_pngs
     from acdit.processes import joined_processes
 
     for name in ("count", "prefix_image", "prefix_blocks"):
@@ -94,6 +105,8 @@ def _sample_many(options: argparse.Namespace) -> None:
     output = Path(options.output)
     with joined_processes() as processes:
         pipeline = load_pipeline(options, processes.device(options.device))
+        clips = draws_clips(pipeline)
+        _require_files_of(options, clips)
         labels = asked_labels(options, pipeline, default="all")
         settings = SamplingSettings(
             options.steps, options.guidance_scale, options.seed, None if labels is None else tuple(labels)
@@ -102,7 +115,10 @@ def _sample_many(options: argparse.Namespace) -> None:
             pipeline, settings, output / "parts", options.num_samples, batch_size=options.batch_size,
             chunk_size=options.chunk_size, processes=processes,
         )  # fmt: skip
-        if options.png or not options.npz:
+        files = bool(options.png or options.format or not options.npz)
+        if files and clips:
+            write_clips(store, settings, output, processes, options.format or "frames", options.fps)
+        elif files:
             write_pngs(store, settings, output, processes)
         if not processes.is_first:
             return
@@ -120,16 +136,30 @@ def _sample_many(options: argparse.Namespace) -> None:
             write_npz(store, options.npz, record, settings.labels_of(0, options.num_samples))
         write_grid(store, output / "grid.png")
         storage.write_json_atomic(output / "settings.json", record)
-    made = [*([options.npz] if options.npz else []), *([str(output)] if options.png or not options.npz else [])]
+    made = [*([options.npz] if options.npz else []), *([str(output)] if files else [])]
     print(
-        f"{options.num_samples} pictures in {' and '.join(made)}; the first of them: {output / 'grid.png'}; "
+        f"{options.num_samples} {'clips' if clips else 'pictures'} in {' and '.join(made)}; "
+        f"the first of them: {output / 'grid.png'}; "
         f"{output / 'parts'} may be removed"
     )
 
 
+def _require_files_of(options: argparse.Namespace, clips: bool) -> None:
+    """Refuse kinds of files that the model's samples cannot have, and mp4 without PyAV, before anything is drawn."""
+    from acdit.errors import ConfigError
+    from acdit.videos import open_writer
+
+    if clips and options.png:
+        raise ConfigError("--png", found="a video model", expected="--format frames, which writes PNGs")
+    if options.format and not clips:
+        raise ConfigError("--format", found="a model of pictures", expected="none: PNGs are written")
+    if clips and options.format:
+        open_writer(options.output, options.format)
+
+
 def _typed(options: argparse.Namespace) -> dict[str, Any]:
     """The options of the command as they were typed."""
-    ours = ("run", "debug", "verbose", "command", "num_samples", "npz", "png", "chunk_size")
+    ours = ("run", "debug", "verbose", "command", "num_samples", "npz", "png", "chunk_size", "format", "fps")
     return {key: value for key, value in vars(options).items() if key not in ours}
 
 
