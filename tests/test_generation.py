@@ -155,7 +155,22 @@ def test_options_that_do_not_go_together(
     assert not (tmp_path / "out").exists()
 
 
-def test_videos_are_refused(tmp_path: Path) -> None:
+def test_clips_are_drawn_in_chunks_by_their_index(tmp_path: Path) -> None:
     pipeline = make_pipeline(channels=1, grid=(2, 4, 4), block=(1, 4, 4))
-    with pytest.raises(ConfigError, match="video"):
+    pipeline.transformer.double()
+    one = generate(pipeline, SETTINGS, tmp_path / "a", 5, batch_size=5, chunk_size=5, progress=False)
+    other = generate(pipeline, SETTINGS, tmp_path / "b", 5, batch_size=2, chunk_size=3, progress=False)
+    clips = torch.cat([chunk["images"] for chunk in one])
+    assert clips.shape == (5, 2, 1, 4, 4)
+    assert clips.dtype == torch.uint8
+    assert torch.equal(clips, torch.cat([chunk["images"] for chunk in other]))
+    alone = pipeline([SETTINGS.labels[1]], num_inference_steps=2, generator=11 + 4, output_type="pt").images
+    assert torch.equal(clips[4:], (alone.float() * 255).round().to(torch.uint8))
+    write_npz(other, tmp_path / "out.npz", other.description, SETTINGS.labels_of(0, 5))
+    assert np.array_equal(images_of(tmp_path / "out.npz"), clips.movedim(2, -1).numpy().repeat(3, axis=-1))
+
+
+def test_models_of_neither_pictures_nor_clips_are_refused(tmp_path: Path) -> None:
+    pipeline = make_pipeline(channels=1, grid=(8,), block=(4,))
+    with pytest.raises(ConfigError, match="1-D data"):
         generate(pipeline, SETTINGS, tmp_path, 2, progress=False)

@@ -1,8 +1,9 @@
-"""Pictures by the ten thousands: drawn in chunks over processes, kept as they are finished, written as PNG and npz.
+"""Pictures and clips by the ten thousands: drawn in chunks over processes, kept as they are finished, written as files
+and npz.
 
-Picture i has seed + i and the label labels[i mod len(labels)], whatever the number of processes and the batch size. The
-floating-point result of a batch depends on its size in the last bits, so another batch size may change a pixel by one
-level; another number of processes, or a kill and a second start, changes nothing.
+Picture (or clip) i has seed + i and the label labels[i mod len(labels)], whatever the number of processes and the batch
+size. The floating-point result of a batch depends on its size in the last bits, so another batch size may change a
+pixel by one level; another number of processes, or a kill and a second start, changes nothing.
 """
 
 from __future__ import annotations
@@ -27,8 +28,10 @@ from acdit.pictures import image_grid
 from acdit.pipelines import ACDiTPipeline
 from acdit.processes import Processes
 from acdit.provenance import weights_sha256
+from acdit.videos import contact_sheet, write_clip
 
 GRID_PICTURES = 64
+_SHEET_CLIPS = 8
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ def generate(
     """Draw pictures 0 … num_samples − 1, or what is missing of them.
 
     Args:
-        pipeline: a model of pictures.
+        pipeline: a model of pictures or clips.
         settings: see there.
         folder: where the parts are kept: its own folder.
         num_samples: how many; more than in an earlier call goes on behind that one's last whole chunk.
@@ -96,14 +99,14 @@ def generate(
         progress: whether to draw a progress bar.
 
     Returns:
-        The store; its chunks hold "images", uint8 (n, C, H, W).
+        The store; its chunks hold "images", uint8 (n, C, H, W), of a video model (n, T, C, H, W).
 
     Raises:
-        ConfigError: a video model, or settings that do not fit the model.
+        ConfigError: a model of neither, or settings that do not fit the model.
         NonFiniteError: a picture has NaN or infinite values; it is named.
         StorageError: the folder holds pictures of other settings.
     """
-    require_pictures(pipeline)
+    draws_clips(pipeline)
     store = ChunkStore(folder, describe_sampling(pipeline, settings), num_samples, chunk_size)
 
     def draw(start: int, stop: int) -> Mapping[str, Tensor]:
@@ -116,20 +119,37 @@ def generate(
     return store
 
 
+def draws_clips(pipeline: ACDiTPipeline) -> bool:
+    """Whether it is a video model; otherwise it is one of pictures.
+
+    Raises:
+        ConfigError: neither, a model of a single axis.
+    """
+    axes = pipeline.transformer.layout.ndim
+    if axes not in (2, 3):
+        raise ConfigError("model", found=f"a model of {axes}-D data", expected="a model of pictures or clips")
+    return bool(axes == 3)
+
+
 def require_pictures(pipeline: ACDiTPipeline) -> None:
     """Refuse a model of anything else.
 
     Raises:
         ConfigError: a video model, or one of a single axis.
     """
-    axes = pipeline.transformer.layout.ndim
-    if axes != 2:
-        found = "a video model" if axes == 3 else f"a model of {axes}-D data"
-        raise ConfigError("model", found=found, expected="a model of pictures")
+    if draws_clips(pipeline):
+        raise ConfigError(
+            "model", found="a video model", expected="a model of pictures", fix="--num-samples N draws N clips"
+        )
 
 
 def draw_pictures(pipeline: ACDiTPipeline, settings: SamplingSettings, start: int, stop: int, **options: Any) -> Tensor:
-    """Pictures start … stop − 1 in one batch, uint8 (n, C, H, W) on the CPU; `options` go to the pipeline (a prefix).
+    """Pictures start … stop − 1 in one batch, uint8 (n, C, H, W) on the CPU, of a video model (n, T, C, H, W).
+
+    Args:
+        pipeline, settings: see `generate`.
+        start, stop: which.
+        options: go to the pipeline (a prefix).
 
     Raises:
         NonFiniteError: a picture has NaN or infinite values; it is named.
@@ -186,16 +206,17 @@ def write_pngs(store: ChunkStore, settings: SamplingSettings, folder: str | Path
 def write_npz(store: ChunkStore, path: str | Path, settings: Mapping[str, Any], labels: Sequence[int] | None) -> None:
     """ADM's batch form, a chunk in memory at a time: `arr_0` uint8 (M, H, W, C), gray ones with three equal channels.
 
+    Of clips `arr_0` is (M, T, H, W, C).
     Beside it lie `arr_1`, the labels (M,) int64, where there are any, and `settings`, a JSON text.
     """
-    height, width = store.load(0)["images"].shape[2:]
-    shape = (store.total, height, width, 3)
+    *frames, _, height, width = store.load(0)["images"].shape[1:]
+    shape = (store.total, *frames, height, width, 3)
     with storage.atomic_file(path, int(np.prod(shape))) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         with archive.open(_entry("arr_0"), "w", force_zip64=True) as member:
             header = {"descr": "|u1", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(member, header)
             for chunk in store:
-                pictures = chunk["images"].permute(0, 2, 3, 1).expand(-1, -1, -1, 3)
+                pictures = chunk["images"].movedim(-3, -1).expand(*[-1] * (len(shape) - 1), 3)
                 member.write(pictures.contiguous().numpy().tobytes())
         extra = {"settings": np.array(json.dumps(settings))}
         if labels is not None:
@@ -206,12 +227,39 @@ def write_npz(store: ChunkStore, path: str | Path, settings: Mapping[str, Any], 
             archive.writestr(_entry(name), buffer.getvalue())
 
 
+def write_clips(
+    store: ChunkStore, settings: SamplingSettings, folder: str | Path, processes: Processes, kind: str, fps: float = 8.0
+) -> None:
+    """One film (mp4 or gif, to look at) or one folder of frames (PNGs, exact) a clip; each process writes its share.
+
+    Raises:
+        ConfigError: an unknown kind, or mp4 without PyAV.
+    """
+    folder = Path(folder)
+    for chunk in range(processes.rank, len(store), processes.size):
+        first, _ = store.bounds(chunk)
+        for index, frames in enumerate(store.load(chunk)["images"], start=first):
+            name = picture_name(index, settings).removesuffix(".png")
+            if kind != "frames":
+                with storage.atomic_file(folder / f"{name}.{kind}", frames.nbytes, durable=False) as file:
+                    write_clip(frames, file, kind, fps)
+                continue
+            for number, pixels in enumerate(frames):
+                with storage.atomic_file(folder / name / f"{number:05d}.png", pixels.nbytes, durable=False) as file:
+                    save_png(pixels, file)
+    processes.wait_for_all()
+
+
 def write_grid(store: ChunkStore, path: str | Path, columns: int = 8) -> None:
-    """The first pictures side by side."""
+    """The first pictures side by side, or the first clips, a row each."""
     needed = range(-(-min(GRID_PICTURES, store.total) // store.chunk_size))
     pictures = torch.cat([store.load(chunk)["images"] for chunk in needed])[:GRID_PICTURES]
+    if pictures.ndim == 5:
+        sheet = contact_sheet(pictures[:_SHEET_CLIPS], columns)
+    else:
+        sheet = image_grid(pictures, columns=min(columns, len(pictures)))
     with storage.atomic_file(path) as file:
-        image_grid(pictures, columns=min(columns, len(pictures))).save(file, format="PNG")
+        sheet.save(file, format="PNG")
 
 
 def _entry(name: str) -> zipfile.ZipInfo:

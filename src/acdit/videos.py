@@ -148,7 +148,12 @@ class _Gif(_Writer):
     def _close(self) -> None:
         if self._pages:
             self._pages[0].save(
-                self.path, save_all=True, append_images=self._pages[1:], duration=self._milliseconds, loop=0
+                self.path,
+                format="GIF",
+                save_all=True,
+                append_images=self._pages[1:],
+                duration=self._milliseconds,
+                loop=0,
             )
 
 

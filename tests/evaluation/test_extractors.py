@@ -19,7 +19,7 @@ from acdit.evaluation.inception import Features
 
 
 def test_the_registry_names_what_it_has() -> None:
-    assert {"inception", "digits-classifier", "pixels"} <= set(extractor_names())
+    assert {"inception", "digits-classifier", "i3d", "pixels"} <= set(extractor_names())
     with pytest.raises(ConfigError, match="free"):
         register_extractor("pixels")(lambda options: None)  # type: ignore[arg-type,return-value]
 
@@ -72,4 +72,6 @@ def test_an_extractor_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
     module.make = lambda options: Extractor("mine", 3, lambda pixels: Features(pixels.float().flatten(1)))  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "my_features", module)
     extractor = build_extractor("my_features:make")
-    assert extractor.describe() == {"name": "mine", "weights": None, "weights_sha256": None, "preprocessing": None}
+    assert extractor.describe() == {
+        "name": "mine", "kind": "frames", "weights": None, "weights_sha256": None, "preprocessing": None
+    }  # fmt: skip

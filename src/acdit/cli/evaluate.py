@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from acdit.cli.clips import add_clip_options, asked_cut, require_samples_of
 from acdit.cli.models import add_sampling_options, asked_labels, averaging_of, load_pipeline
 from acdit.cli.parser import AddCommand, positive
 
@@ -31,36 +32,42 @@ _RECORDED = (
 def add(command: AddCommand) -> None:
     """Declare the command's options."""
     made = command(
-        "evaluate", _evaluate, "FID, sFID, Inception Score, precision and recall of pictures, or of a model's samples.",
+        "evaluate", _evaluate,
+        "FID, sFID, Inception Score, precision and recall of pictures, or of a model's samples; FVD and distances over "
+        "time of clips (--frames, or --extractor i3d).",
         "acdit evaluate samples.npz --reference VIRTUAL_imagenet256_labeled.npz --extractor inception "
         "--weights inception-2015-12-05.pt --output metrics.json\n"
         "  acdit evaluate runs/demo/model --reference digits:held_out --extractor digits-classifier --num-samples 500\n"
         "  acdit evaluate runs/b4/model runs/b8/model --reference REF --extractor pixels --sweep steps=5,10,25\n"
+        "  acdit evaluate clips/ --reference real_clips/ --extractor i3d --weights i3d_torchscript.pt --frames 16\n"
         "  acdit evaluate --self-test",
     )  # fmt: skip
     made.add_argument(
         "samples", nargs="*",
-        help="folder or zip of pictures, .npz with arr_0, or a model's folder; with --sweep several models, of other "
-        "block sizes for instance",
+        help="folder or zip of pictures, .npz with arr_0, or a model's folder; clips: folder of videos, folder of "
+        "folders of frames, .npz, or a video model; with --sweep several models, of other block sizes for instance",
     )  # fmt: skip
     made.add_argument(
         "--reference", "--data", metavar="REF",
-        help="folder or zip of pictures, digits:train, digits:held_out, or ADM's .npz (arr_0, or mu, sigma, …)",
+        help="folder or zip of pictures, digits:train, digits:held_out, or ADM's .npz (arr_0, or mu, sigma, …); clips "
+        "as in SAMPLES",
     )  # fmt: skip
     made.add_argument(
-        "--extractor", help="inception, classifier, digits-classifier, pixels, or module:factory of your own"
+        "--extractor", help="inception, classifier, digits-classifier, pixels, i3d (of clips), or module:factory"
     )
     made.add_argument(
-        "--weights", metavar="FILE", help="of the FID Inception (a state dict or TorchScript), or of a classifier"
+        "--weights", metavar="FILE", help="of Inception or I3D (a state dict or TorchScript), or of a classifier"
     )
     made.add_argument(
-        "--preprocessing", choices=("pytorch-fid", "tensorflow"), help="resize and scaling before Inception"
-    )
+        "--preprocessing", choices=("pytorch-fid", "tensorflow", "stylegan-v", "center-crop"),
+        help="resize and scaling before Inception (the first two) or I3D (the last three)",
+    )  # fmt: skip
+    add_clip_options(made)
     made.add_argument("--output", default="metrics.json", metavar="FILE", help="the result file (default metrics.json)")
     made.add_argument("--work", metavar="DIR", help="where parts are kept for a second start (default: <output>.work)")
     made.add_argument("--size", type=positive, help="resize and crop reference pictures that are files, as ADM does")
     made.add_argument(
-        "--num-samples", type=positive, help="of a model: how many to draw (default 50000); else: use only"
+        "--num-samples", type=positive, help="of a model: how many to draw (default 50000, clips 2048); else: use only"
     )
     made.add_argument("--chunk-size", type=positive, default=500, help="pictures a kept part (default 500)")
     made.add_argument(
@@ -109,6 +116,8 @@ def _evaluate(options: argparse.Namespace) -> None:
 def _measure(options: argparse.Namespace, axes: list[Any], extractor: Any, processes: Any) -> None:
     from acdit import storage
     from acdit.errors import ConfigError
+    from acdit.evaluation.clip_measure import CLIP_PROTOCOL, ClipEvaluator
+    from acdit.evaluation.clip_sets import open_clips
     from acdit.evaluation.image_sets import open_images
     from acdit.evaluation.measure import PROTOCOL, Evaluator
     from acdit.evaluation.reference import open_reference
@@ -116,28 +125,30 @@ def _measure(options: argparse.Namespace, axes: list[Any], extractor: Any, proce
     started = time.perf_counter()
     output = Path(options.output)
     work = Path(options.work) if options.work else output.with_name(output.name + ".work")
+    cut = asked_cut(options, extractor)
     evaluator = Evaluator(
-        extractor, open_reference(options.reference, extractor.channels, options.size), work,
+        extractor, open_reference(options.reference, extractor.channels, options.size, cut), work,
         batch_size=options.batch_size, chunk_size=options.chunk_size, processes=processes,
         device=processes.device(options.device),
     )  # fmt: skip
+    measure: Any = evaluator.measure if cut is None else ClipEvaluator(evaluator, options.span or 1).measure
     models = [where for where in options.samples if _is_model(where)]
     if models and len(models) == len(options.samples):
-        results = [row for model in models for row in _measure_model(options, model, axes, evaluator, work)]
+        results = [row for model in models for row in _measure_model(options, model, axes, evaluator, measure, cut)]
     elif axes:
         other = next(where for where in options.samples if where not in models)
         raise ConfigError("--sweep", found=f"{other}, which is no model", expected="a model's folder")
     else:
-        images = open_images(options.samples[0], extractor.channels)
-        figures = evaluator.measure(images, options.num_samples)
-        results = [{**figures, **_recorded(images.settings or {})}]
+        where, channels = options.samples[0], extractor.channels
+        samples = open_images(where, channels) if cut is None else open_clips(where, cut, channels)
+        results = [{**measure(samples, options.num_samples), **_recorded(samples.settings or {})}]
     if not processes.is_first:
         return
     common = {
         "samples": options.samples[0] if len(options.samples) == 1 else options.samples,
         "reference": evaluator.reference.describe(),
         "extractor": extractor.describe(),
-        "protocol": PROTOCOL,
+        "protocol": PROTOCOL if cut is None else CLIP_PROTOCOL,
         **_provenance(),
         "processes": processes.size,
         "seconds": round(time.perf_counter() - started, 1),
@@ -178,8 +189,9 @@ def _tell_sweep(
 
 
 def _measure_model(
-    options: argparse.Namespace, model: str, axes: list[Any], evaluator: Any, work: Path
+    options: argparse.Namespace, model: str, axes: list[Any], evaluator: Any, measure: Any, cut: Any
 ) -> list[dict[str, Any]]:
+    from acdit.evaluation.clip_sets import stored_clips
     from acdit.evaluation.image_sets import stored_images
     from acdit.evaluation.sweep import combinations
     from acdit.generation import SamplingSettings, describe_sampling, generate
@@ -187,6 +199,7 @@ def _measure_model(
     options.model = model
     processes = evaluator.processes
     pipeline = load_pipeline(options, processes.device(options.device))
+    require_samples_of(pipeline, cut)
     labels = asked_labels(options, pipeline, default="all")
     plain = SamplingSettings(
         options.steps, options.guidance_scale, options.seed, None if labels is None else tuple(labels)
@@ -199,10 +212,12 @@ def _measure_model(
         description = describe_sampling(pipeline, settings)
         key = hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:16]
         store = generate(
-            pipeline, settings, work / f"samples-{key}", options.num_samples or 50_000, batch_size=options.batch_size,
+            pipeline, settings, evaluator.work / f"samples-{key}",
+            options.num_samples or (50_000 if cut is None else 2048), batch_size=options.batch_size,
             chunk_size=options.chunk_size, processes=processes,
         )  # fmt: skip
-        figures = evaluator.measure(stored_images(store, evaluator.extractor.channels))
+        channels = evaluator.extractor.channels
+        figures = measure(stored_images(store, channels) if cut is None else stored_clips(store, cut, channels))
         recorded = _recorded({**description, "model": model, "ema": averaging, "block": block})
         results.append({**figures, **recorded, **point})
     return results
@@ -248,6 +263,12 @@ def _provenance() -> dict[str, Any]:
 
 
 def _summary(figures: dict[str, Any]) -> str:
-    names = {"fid": "FID", "sfid": "sFID", "inception_score": "IS", "precision": "precision", "recall": "recall"}
-    told = [f"{text} {figures[name]:.4g}" for name, text in names.items() if figures[name] is not None]
+    names = {
+        "fid": "FID", "sfid": "sFID", "inception_score": "IS", "fvd": "FVD", "frame_frechet": "frame-wise Fréchet",
+        "precision": "precision", "recall": "recall",
+    }  # fmt: skip
+    told = [f"{text} {figures[name]:.4g}" for name, text in names.items() if figures.get(name) is not None]
+    over_time = figures.get("frame_frechet_over_time") or []
+    if len(over_time) > 1:
+        told.append(f"over time {over_time[0]:.4g} … {over_time[-1]:.4g}")
     return ", ".join(told) + f" ({figures['num_samples']} samples)"

@@ -29,10 +29,10 @@ def add(command: AddCommand) -> None:
     made.add_argument("--prefix-blocks", type=positive, help="how many of them")
     made.add_argument(
         "--num-samples", type=positive, metavar="N",
-        help="draw N pictures in parts that are kept (go on after a kill by the same command), over all processes of "
-        "torchrun; labels take turns, without --labels all classes",
+        help="draw N pictures or clips in parts that are kept (go on after a kill by the same command), over all "
+        "processes of torchrun; labels take turns, without --labels all classes",
     )  # fmt: skip
-    made.add_argument("--npz", metavar="FILE", help="with --num-samples: write ADM's form (arr_0) instead of PNGs")
+    made.add_argument("--npz", metavar="FILE", help="with --num-samples: write ADM's form (arr_0) instead of files")
     made.add_argument("--png", action="store_true", help="with --npz: PNGs as well")
     made.add_argument("--chunk-size", type=positive, default=256, help="pictures a kept part (default 256)")
     made.add_argument("--output", default="out", help="folder for what is drawn and settings.json (default out)")
@@ -91,17 +91,19 @@ def _sample_few(options: argparse.Namespace) -> None:
 def _sample_many(options: argparse.Namespace) -> None:
     from acdit import provenance, storage
     from acdit.errors import ConfigError
-    from acdit.generation import SamplingSettings, generate, write_grid, write_npz, write_pngs
+    from acdit.generation import SamplingSettings, draws_clips, generate, write_clips, write_grid, write_npz, write_pngs
     from acdit.processes import joined_processes
 
-    for name in ("count", "prefix_image", "prefix_blocks"):
-        if getattr(options, name) is not None:
+    for name in ("count", "prefix_image", "prefix_blocks", "prompt", "stream", "switch", "window"):
+        if getattr(options, name):
             raise ConfigError(f"--{name.replace('_', '-')}", found="--num-samples as well", expected="one of them")
     if options.per_label != 1:
         raise ConfigError("--per-label", found="--num-samples as well", expected="one: labels take turns")
     output = Path(options.output)
     with joined_processes() as processes:
         pipeline = load_pipeline(options, processes.device(options.device))
+        clips = draws_clips(pipeline)
+        _require_files_of(options, clips)
         labels = asked_labels(options, pipeline, default="all")
         settings = SamplingSettings(
             options.steps, options.guidance_scale, options.seed, None if labels is None else tuple(labels)
@@ -110,7 +112,10 @@ def _sample_many(options: argparse.Namespace) -> None:
             pipeline, settings, output / "parts", options.num_samples, batch_size=options.batch_size,
             chunk_size=options.chunk_size, processes=processes,
         )  # fmt: skip
-        if options.png or not options.npz:
+        files = bool(options.png or options.format or not options.npz)
+        if files and clips:
+            write_clips(store, settings, output, processes, options.format or "frames", options.fps)
+        elif files:
             write_pngs(store, settings, output, processes)
         if not processes.is_first:
             return
@@ -128,16 +133,30 @@ def _sample_many(options: argparse.Namespace) -> None:
             write_npz(store, options.npz, record, settings.labels_of(0, options.num_samples))
         write_grid(store, output / "grid.png")
         storage.write_json_atomic(output / "settings.json", record)
-    made = [*([options.npz] if options.npz else []), *([str(output)] if options.png or not options.npz else [])]
+    made = [*([options.npz] if options.npz else []), *([str(output)] if files else [])]
     print(
-        f"{options.num_samples} pictures in {' and '.join(made)}; the first of them: {output / 'grid.png'}; "
+        f"{options.num_samples} {'clips' if clips else 'pictures'} in {' and '.join(made)}; "
+        f"the first of them: {output / 'grid.png'}; "
         f"{output / 'parts'} may be removed"
     )
 
 
+def _require_files_of(options: argparse.Namespace, clips: bool) -> None:
+    """Refuse kinds of files that the model's samples cannot have, and mp4 without PyAV, before anything is drawn."""
+    from acdit.errors import ConfigError
+    from acdit.videos import open_writer
+
+    if clips and options.png:
+        raise ConfigError("--png", found="a video model", expected="--format frames, which writes PNGs")
+    if options.format and not clips:
+        raise ConfigError("--format", found="a model of pictures", expected="none: PNGs are written")
+    if clips and options.format:
+        open_writer(options.output, options.format)
+
+
 def _typed(options: argparse.Namespace) -> dict[str, Any]:
     """The options of the command as they were typed."""
-    ours = ("run", "debug", "verbose", "command", "num_samples", "npz", "png", "chunk_size")
+    ours = ("run", "debug", "verbose", "command", "num_samples", "npz", "png", "chunk_size", "format", "fps")
     return {key: value for key, value in vars(options).items() if key not in ours}
 
 

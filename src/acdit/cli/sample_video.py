@@ -21,7 +21,11 @@ _ONLY_STREAM = ("blocks", "resume")
 def add_video_options(made: argparse.ArgumentParser) -> None:
     """Declare what only video models have a use for."""
     group = made.add_argument_group("video models")
-    group.add_argument("--format", choices=("mp4", "gif", "frames"), help="default: mp4 with PyAV there, else gif")
+    group.add_argument(
+        "--format",
+        choices=("mp4", "gif", "frames"),
+        help="default: mp4 with PyAV there, else gif; of --num-samples frames",
+    )
     group.add_argument("--fps", type=float, default=8.0, help="frames a second of mp4 and gif (default 8)")
     group.add_argument("--prompt", metavar="FILE", help="a clip to continue at its end, or a picture to begin with")
     group.add_argument(

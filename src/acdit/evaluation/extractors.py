@@ -1,4 +1,5 @@
-"""Pictures → features: a registry of extractors by name. A figure means something only together with its extractor."""
+"""Pictures or clips → features: a registry of extractors by name. A figure means something only together with its
+extractor."""
 
 from __future__ import annotations
 
@@ -7,30 +8,42 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from acdit.errors import ConfigError
+from acdit.evaluation.i3d import I3D, I3D_PREPROCESSINGS, LEAST_FRAMES
+from acdit.evaluation.i3d_weights import I3D_FORMS, load_i3d
 from acdit.evaluation.inception import PREPROCESSINGS, Features
 from acdit.evaluation.weight_files import FORMS, is_torchscript, load_inception
 from acdit.provenance import weights_sha256
 
 PIXELS_EDGE = 32
+PIXELS_CLIP = (4, 8, 8)
+"""Cells that a clip is averaged over, in time, height and width: 768 features of colour, as few as a covariance of a
+few thousand clips can bear."""
+
+Kind = Literal["frames", "clips"]
+"""What one feature is of: a picture (a frame of a clip), or a whole clip."""
 
 
 @dataclass(frozen=True)
 class Extractor:
-    """A function of pictures, and what a result file says about it.
+    """A function of pictures or clips, and what a result file says about it.
 
     Args:
         name: as registered.
         channels: 1 or 3: what pictures are converted to before they are handed over.
-        function: uint8 (B, C, H, W) on the extractor's device → `Features`.
+        function: uint8 (B, C, H, W) on the extractor's device → `Features`; of kind "clips" uint8 (B, T, C, H, W).
         network: its weights, hashed and moved to the device; None: it has none.
         weights: the file they came from.
         preprocessing: in words.
+        kind: "frames": it sees pictures, and clips frame by frame; "clips": it sees clips as wholes.
+        least_frames: that a clip must have.
+        of_clips: of kind "frames", where the same can be said of clips as wholes: what sees them.
     """
 
     name: str
@@ -39,8 +52,23 @@ class Extractor:
     network: nn.Module | None = None
     weights: str | None = None
     preprocessing: str | None = None
+    kind: Kind = "frames"
+    least_frames: int = 1
+    of_clips: Extractor | None = None
 
     def __call__(self, pixels: Tensor) -> Features:
+        """Features of a batch.
+
+        Raises:
+            ConfigError: pictures for an extractor of clips, or clips for one of frames.
+        """
+        if pixels.ndim != (5 if self.kind == "clips" else 4):
+            given, wanted = ("pictures", "clips") if self.kind == "clips" else ("clips", "pictures")
+            raise ConfigError(
+                f"--extractor {self.name}", found=given, expected=wanted,
+                fix="an extractor of frames measures pictures: inception, classifier, pixels" if given == "pictures"
+                else "hand over their frames, (B · T, C, H, W)",
+            )  # fmt: skip
         # TF32 would move features in the third digit, differently on each card.
         with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
             return self.function(pixels)
@@ -51,14 +79,27 @@ class Extractor:
             self.network.to(device)
         return self
 
-    def describe(self) -> dict[str, str | None]:
+    def require_frames(self, frames: int) -> None:
+        """Refuse clips that are too short for it.
+
+        Raises:
+            ConfigError: they are.
+        """
+        if frames < self.least_frames:
+            raise ConfigError(
+                "--frames", found=f"{frames}, --extractor {self.name}", expected=f"at least {self.least_frames}"
+            )
+
+    def describe(self) -> dict[str, Any]:
         """For the result file; equal descriptions give equal features."""
-        return {
+        described = {
             "name": self.name,
+            "kind": self.kind,
             "weights": None if self.weights is None else Path(self.weights).name,
             "weights_sha256": None if self.network is None else weights_sha256(self.network),
             "preprocessing": self.preprocessing,
         }
+        return described if self.of_clips is None else {**described, "of_clips": self.of_clips.describe()}
 
 
 @dataclass(frozen=True)
@@ -145,11 +186,23 @@ def _inception(options: ExtractorOptions) -> Extractor:
             fix="--extractor inception --weights FILE (never fetched here)",
         )
     scripted = Path(options.weights).is_file() and is_torchscript(Path(options.weights))
-    preprocessing = options.preprocessing or ("tensorflow" if scripted else "pytorch-fid")
-    if preprocessing not in PREPROCESSINGS:
-        raise ConfigError("--preprocessing", found=preprocessing, expected=f"one of {', '.join(PREPROCESSINGS)}")
+    preprocessing = _one_of(PREPROCESSINGS, options.preprocessing, "tensorflow" if scripted else "pytorch-fid")
     network = load_inception(options.weights, preprocessing)
     return Extractor("inception", 3, network, network, options.weights, f"{preprocessing}, 299×299")
+
+
+@register_extractor("i3d")
+def _i3d(options: ExtractorOptions) -> Extractor:
+    """Of clips: what FVD is made of."""
+    if options.weights is None:
+        raise ConfigError(
+            "--weights", found="nothing", expected=I3D_FORMS, fix="--extractor i3d --weights FILE (never fetched here)"
+        )
+    how = _one_of(I3D_PREPROCESSINGS, options.preprocessing, "stylegan-v")
+    network = load_i3d(options.weights, how)
+    form = "a state dict" if isinstance(network, I3D) else f"an archive called with {network.flags}"
+    told = f"{how}, each frame to 224×224, values −1 … 1; 400 logits, the mean over time; {form}"
+    return Extractor("i3d", 3, network, network, options.weights, told, kind="clips", least_frames=LEAST_FRAMES)
 
 
 @register_extractor("digits-classifier")
@@ -185,7 +238,9 @@ def _classifier(options: ExtractorOptions) -> Extractor:
             fix="train one with acdit.evaluation.train_classifier, as benchmarks/real_data.py does",
         )  # fmt: skip
     if options.preprocessing is not None:
-        raise ConfigError("--preprocessing", found="--extractor classifier", expected="none: only inception has some")
+        raise ConfigError(
+            "--preprocessing", found="--extractor classifier", expected="none: only inception and i3d have some"
+        )
     classifier, facts = load_classifier(options.weights)
 
     def features(pixels: Tensor) -> Features:
@@ -203,7 +258,8 @@ def _classifier(options: ExtractorOptions) -> Extractor:
 
 @register_extractor("pixels")
 def _pixels(options: ExtractorOptions) -> Extractor:
-    """No network: pixel values, of pictures larger than 32 × 32 their means over cells."""
+    """No network: pixel values, of pictures larger than 32 × 32 their means over cells; of clips as wholes their means
+    over at most 4 × 8 × 8 cells in time, height and width."""
     _refuse_options("pixels", options)
 
     def features(pixels: Tensor) -> Features:
@@ -212,7 +268,21 @@ def _pixels(options: ExtractorOptions) -> Extractor:
             values = F.adaptive_avg_pool2d(values, PIXELS_EDGE)
         return Features(values.flatten(1))
 
-    return Extractor("pixels", 3, features, preprocessing=f"values in [0, 1], at most {PIXELS_EDGE}×{PIXELS_EDGE}")
+    def of_clip(clips: Tensor) -> Features:
+        values = clips.float().transpose(1, 2) / 255  # (B, C, T, H, W)
+        frames, height, width = (min(extent, most) for extent, most in zip(values.shape[2:], PIXELS_CLIP, strict=True))
+        return Features(F.adaptive_avg_pool3d(values, (frames, height, width)).flatten(1))
+
+    most = "×".join(map(str, PIXELS_CLIP))
+    whole = Extractor("pixels", 3, of_clip, preprocessing=f"values in [0, 1], means over {most} cells", kind="clips")
+    told = f"values in [0, 1], at most {PIXELS_EDGE}×{PIXELS_EDGE}"
+    return Extractor("pixels", 3, features, preprocessing=told, of_clips=whole)
+
+
+def _one_of(known: tuple[str, ...], asked: str | None, default: str) -> str:
+    if asked is not None and asked not in known:
+        raise ConfigError("--preprocessing", found=asked, expected=f"one of {', '.join(known)}")
+    return asked or default
 
 
 def _refuse_options(name: str, options: ExtractorOptions) -> None:

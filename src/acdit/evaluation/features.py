@@ -1,4 +1,4 @@
-"""Features of a set of pictures, taken in chunks over processes and kept, so that a second start reuses them."""
+"""Features of a set of pictures or clips, taken in chunks over processes and kept: a second start reuses them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from acdit.chunks import ChunkStore, make_missing
 from acdit.errors import DataError, NonFiniteError
+from acdit.evaluation.clip_sets import ClipSet
 from acdit.evaluation.extractors import Extractor
 from acdit.evaluation.image_sets import ImageSet
 from acdit.evaluation.statistics import FeatureStatistics, InceptionScore
@@ -19,7 +20,7 @@ from acdit.processes import Processes
 
 
 def extract_features(
-    images: ImageSet,
+    samples: ImageSet | ClipSet,
     extractor: Extractor,
     work: str | Path,
     *,
@@ -31,14 +32,14 @@ def extract_features(
     what: str = "features",
     progress: bool = True,
 ) -> ChunkStore:
-    """Features of pictures 0 … count − 1, or what is missing of them.
+    """Features of pictures (or clips) 0 … count − 1, or what is missing of them.
 
     Args:
-        images: the pictures.
+        samples: the pictures, or clips: whole for an extractor of clips, frame by frame for one of frames.
         extractor: the function.
         work: folder for all kept features; each pair of pictures and extractor has a folder of its own in it.
         count: None: all.
-        batch_size: pictures at once.
+        batch_size: pictures at once, of clips so many frames and at least one clip.
         chunk_size: pictures that are kept together.
         processes: this process among its peers.
         device: for the extractor.
@@ -47,30 +48,31 @@ def extract_features(
 
     Returns:
         The store. Its chunks hold "pooled" (n, F) fp32 and, where the extractor gives them, "spatial" (n, S) fp32 and
-        "score-<split>", sums of `InceptionScore`.
+        "score-<split>", sums of `InceptionScore`. Of clips frame by frame they hold "frames" (n, T, F) fp32 alone.
 
     Raises:
+        ConfigError: pictures for an extractor of clips.
         DataError: fewer pictures than asked for, a bad one, sizes that differ; the file is named.
         NonFiniteError: NaN or infinite features; the picture is named.
     """
-    total = len(images) if count is None else count
-    if total > len(images):
+    total = len(samples) if count is None else count
+    what_they_are = "clips" if samples.kind == "clips" else "pictures"
+    if total > len(samples):
         raise DataError(
-            str(images.description.get("name", "pictures")), found=f"{len(images)} pictures",
+            str(samples.description.get("name", what_they_are)), found=f"{len(samples)} {what_they_are}",
             expected=f"at least {total}", fix="draw more, or ask for fewer with --num-samples",
         )  # fmt: skip
-    description = {"pictures": images.description, "extractor": extractor.describe(), "chunk_size": chunk_size}
+    at_once = max(1, batch_size // samples.cut.frames) if samples.kind == "clips" else batch_size
+    description = {"pictures": samples.description, "extractor": extractor.describe(), "chunk_size": chunk_size}
     key = hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:16]
     store = ChunkStore(Path(work) / f"features-{key}", description, total, chunk_size)
     device = device or torch.device("cpu")
     extractor.to(device)
 
     def make(start: int, stop: int) -> Mapping[str, Tensor]:
-        cuts = [(first, min(first + batch_size, stop)) for first in range(start, stop, batch_size)]
-        found = [_of_batch(images, extractor, first, last, device) for first, last in cuts]
-        chunk = {"pooled": torch.cat([part["pooled"] for part in found])}
-        if "spatial" in found[0]:
-            chunk["spatial"] = torch.cat([part["spatial"] for part in found])
+        cuts = [(first, min(first + at_once, stop)) for first in range(start, stop, at_once)]
+        found = [_of_batch(samples, extractor, first, last, device, batch_size) for first, last in cuts]
+        chunk = {name: torch.cat([part[name] for part in found]) for name in found[0] if name != "probabilities"}
         if "probabilities" in found[0]:
             score = InceptionScore(found[0]["probabilities"].shape[1])
             for (first, _), part in zip(cuts, found, strict=True):
@@ -82,17 +84,24 @@ def extract_features(
     return store
 
 
-def _of_batch(images: ImageSet, extractor: Extractor, start: int, stop: int, device: torch.device) -> dict[str, Tensor]:
-    features = extractor(images.read(start, stop).to(device))
-    given = {"pooled": features.pooled, "spatial": features.spatial, "probabilities": features.probabilities}
-    found = {name: value.float().cpu() for name, value in given.items() if value is not None}
+def _of_batch(
+    samples: ImageSet | ClipSet, extractor: Extractor, start: int, stop: int, device: torch.device, frames: int
+) -> dict[str, Tensor]:
+    pixels = samples.read(start, stop).to(device)
+    if samples.kind == "clips" and extractor.kind == "frames":
+        pooled = torch.cat([extractor(part).pooled.float().cpu() for part in pixels.flatten(0, 1).split(frames)])
+        found = {"frames": pooled.unflatten(0, pixels.shape[:2])}
+    else:
+        features = extractor(pixels)
+        given = {"pooled": features.pooled, "spatial": features.spatial, "probabilities": features.probabilities}
+        found = {name: value.float().cpu() for name, value in given.items() if value is not None}
     for name, value in found.items():
         finite = value.flatten(1).isfinite().all(dim=1)
         if not bool(finite.all()):
             raise NonFiniteError(
-                images.name(start + int((~finite).nonzero()[0])),
+                samples.name(start + int((~finite).nonzero()[0])),
                 found=f"NaN or infinite features ({name}, extractor {extractor.name})", expected="finite numbers",
-                fix="check the extractor's weights and that picture",
+                fix="check the extractor's weights and that file",
             )  # fmt: skip
     return found
 
@@ -101,7 +110,7 @@ class FeatureSet:
     """What the metrics need of a finished store, read once, chunk after chunk.
 
     Args:
-        store: of `extract_features`.
+        store: of `extract_features`, of pictures or of whole clips.
     """
 
     def __init__(self, store: ChunkStore) -> None:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import struct
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -21,12 +19,18 @@ from acdit.data.digits import SPLITS
 from acdit.data.picture import SUFFIXES, BadPicture, decode_picture
 from acdit.data.sources import DirectorySource, ZipSource, is_hidden
 from acdit.errors import ConfigError, DataError
+from acdit.evaluation.npz_files import file_hash, file_state, read_batch
 
 WANTED = "a folder or zip of pictures, an .npz with arr_0, or digits:train, digits:held_out"
 
 
 class ImageSet(Protocol):
     """Pictures by index, all of one size."""
+
+    @property
+    def kind(self) -> Literal["frames"]:
+        """What an index gives: one picture."""
+        ...
 
     @property
     def description(self) -> dict[str, Any]:
@@ -74,11 +78,13 @@ def open_images(where: str, channels: int | None = None, size: int | None = None
 
 def stored_images(store: ChunkStore, channels: int | None = None) -> ImageSet:
     """The pictures of a finished store of `generate`."""
-    return _Converted(_Stored(store), channels, None)
+    return _Converted(StoredSamples(store), channels, None)
 
 
 class _Files:
     """All pictures below a folder or in a zip, in sorted order of their paths."""
+
+    kind: Literal["frames"] = "frames"
 
     def __init__(self, path: Path, channels: int | None, size: int | None) -> None:
         self._source: DirectorySource | ZipSource = DirectorySource(path) if path.is_dir() else ZipSource(path)
@@ -86,7 +92,7 @@ class _Files:
         self._files = sorted(
             file for file in self._source.files if file.lower().endswith(SUFFIXES) and not is_hidden(file)
         )
-        self.settings = _settings_beside(path)
+        self.settings = settings_beside(path)
         if self.settings is not None:
             self._files = [file for file in self._files if file != "grid.png"]  # `acdit sample` leaves it there
         if not self._files:
@@ -102,7 +108,7 @@ class _Files:
                 status = (self._path / file).stat()
                 digest.update(f"{file} {status.st_size} {status.st_mtime_ns}\n".encode())
         else:
-            digest.update(_file_state(self._path))
+            digest.update(file_state(self._path))
         return {
             "kind": "files", "name": self._path.name, "count": len(self._files), "state": digest.hexdigest()[:32],
             "channels": self._channels, "size": self._size,
@@ -140,31 +146,14 @@ class _Files:
 
 
 class _Npz:
-    """ADM's batch form: `arr_0`, uint8 (M, H, W, C). Where the file has it uncompressed it is mapped, not read."""
+    """ADM's batch form: `arr_0`, uint8 (M, H, W, C)."""
+
+    kind: Literal["frames"] = "frames"
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        arrays = npz_arrays(path)
-        if "arr_0" not in arrays:
-            raise DataError(
-                str(path), found=f"the arrays {', '.join(sorted(arrays)) or 'none'}",
-                expected="arr_0: uint8 (M, H, W, C), ADM's batch form",
-            )  # fmt: skip
-        self._array = arrays["arr_0"]()
-        if self._array.dtype != np.uint8 or self._array.ndim != 4 or self._array.shape[3] not in (1, 3):
-            raise DataError(
-                f"{path}: arr_0", found=f"{self._array.dtype} {self._array.shape}",
-                expected="uint8 (M, H, W, C) with C 1 or 3", fix="values 0 … 255, channels last",
-            )  # fmt: skip
-        if len(self._array) == 0:
-            raise DataError(f"{path}: arr_0", found="no pictures", expected="at least one")
-        self.settings: dict[str, Any] | None = None
-        if "settings" in arrays:
-            try:
-                self.settings = json.loads(str(arrays["settings"]()))
-            except ValueError:
-                self.settings = None
-        self.description = {"kind": "npz", "name": path.name, "count": len(self), "state": _file_hash(path)}
+        self._array, self.settings = read_batch(path, "M, H, W, C")
+        self.description = {"kind": "npz", "name": path.name, "count": len(self), "state": file_hash(path)}
 
     def __len__(self) -> int:
         return len(self._array)
@@ -177,6 +166,7 @@ class _Npz:
 
 
 class _Digits:
+    kind: Literal["frames"] = "frames"
     settings: dict[str, Any] | None = None
 
     def __init__(self, split: str) -> None:
@@ -195,7 +185,11 @@ class _Digits:
         return self._data.images[start:stop]
 
 
-class _Stored:
+class StoredSamples:
+    """What a store of `generate` holds, as it is: pictures, or clips (n, T, C, H, W)."""
+
+    kind: Literal["frames"] = "frames"
+
     def __init__(self, store: ChunkStore) -> None:
         self._store = store
         self.settings: dict[str, Any] | None = store.description
@@ -218,6 +212,8 @@ class _Stored:
 
 class _Converted:
     """A set with gray pictures as one channel or three equal ones, as wanted."""
+
+    kind: Literal["frames"] = "frames"
 
     def __init__(self, images: ImageSet, channels: int | None, size: int | None) -> None:
         self._images, self._channels = images, channels
@@ -244,85 +240,37 @@ class _Converted:
         return self._images.name(index)
 
     def read(self, start: int, stop: int) -> Tensor:
-        pictures = self._images.read(start, stop)
-        if self._given == 1:
-            return pictures.expand(-1, self._channels or -1, -1, -1)
-        if self._channels != 1:
-            return pictures
-        coloured = (pictures != pictures[:, :1]).flatten(1).any(dim=1)
-        if bool(coloured.any()):
-            raise DataError(
-                self.name(start + int(coloured.nonzero()[0])), found="a picture in colour", expected="gray ones",
-                fix="an extractor of colour pictures",
-            )  # fmt: skip
-        return pictures[:, :1]
+        return with_channels(self._images.read(start, stop), self._channels, lambda index: self.name(start + index))
 
 
-def npz_arrays(path: Path) -> dict[str, Callable[[], np.ndarray]]:
-    """Name → a function that gives the array; nothing in the file is unpickled.
+def with_channels(pixels: Tensor, channels: int | None, name: Callable[[int], str]) -> Tensor:
+    """Gray pixels as one channel or three equal ones.
+
+    Args:
+        pixels: (n, C, H, W), or (n, T, C, H, W).
+        channels: 1 or 3; None: as they are.
+        name: how messages name the i-th of them.
 
     Raises:
-        DataError: not an npz, or (when an array is asked for) a damaged one, or one of objects.
+        DataError: colour, where gray is wanted; it is named.
     """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            entries = [entry for entry in archive.infolist() if entry.filename.endswith(".npy")]
-    except (zipfile.BadZipFile, OSError, NotImplementedError) as error:
-        raise DataError(str(path), found=f"not a readable npz ({error})", expected="what np.savez writes") from None
-    return {entry.filename.removesuffix(".npy"): _reader(path, entry) for entry in entries}
+    if channels is None or pixels.shape[-3] == channels:
+        return pixels
+    if channels == 3:
+        return pixels.expand(*pixels.shape[:-3], 3, -1, -1)
+    coloured = (pixels != pixels[..., :1, :, :]).flatten(1).any(dim=1)
+    if bool(coloured.any()):
+        raise DataError(
+            name(int(coloured.nonzero()[0])), found="a picture in colour", expected="gray ones",
+            fix="an extractor of colour pictures",
+        )  # fmt: skip
+    return pixels[..., :1, :, :]
 
 
-def _reader(path: Path, entry: zipfile.ZipInfo) -> Callable[[], np.ndarray]:
-    def read() -> np.ndarray:
-        name = entry.filename.removesuffix(".npy")
-        try:
-            if entry.compress_type == zipfile.ZIP_STORED:
-                return _mapped(path, entry)
-            with np.load(path, allow_pickle=False) as arrays:
-                return np.asarray(arrays[name])
-        except Exception as error:  # BadZipFile, zlib.error, ValueError (objects), EOFError, struct.error
-            raise DataError(
-                f"{path}: {name}", found=f"unreadable ({type(error).__name__}: {error})",
-                expected="an array of numbers or text", fix="get the file again",
-            ) from None  # fmt: skip
-
-    return read
-
-
-def _mapped(path: Path, entry: zipfile.ZipInfo) -> np.ndarray:
-    """An uncompressed array where it lies in the file."""
-    with path.open("rb") as file:
-        file.seek(entry.header_offset)
-        local = struct.unpack("<4s5H3L2H", file.read(30))
-        file.seek(local[9] + local[10], 1)
-        start = file.tell()
-        version = np.lib.format.read_magic(file)
-        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = read_header(file)
-        if dtype.hasobject:
-            raise ValueError("an array of Python objects")
-        offset = file.tell()
-    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    if offset - start + size != entry.file_size:
-        raise ValueError(f"{entry.file_size} bytes, {offset - start + size} declared")
-    if size == 0:
-        return np.zeros(shape, dtype)
-    return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=shape, order="F" if fortran else "C")
-
-
-def _settings_beside(path: Path) -> dict[str, Any] | None:
+def settings_beside(path: Path) -> dict[str, Any] | None:
     file = path / "settings.json"
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return settings if isinstance(settings, dict) else None
-
-
-def _file_state(path: Path) -> bytes:
-    status = path.stat()
-    return f"{status.st_size} {status.st_mtime_ns}".encode()
-
-
-def _file_hash(path: Path) -> str:
-    return hashlib.sha256(_file_state(path)).hexdigest()[:32]

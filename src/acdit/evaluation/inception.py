@@ -217,16 +217,17 @@ def preprocess(pixels: Tensor, how: str) -> Tensor:
     """uint8 (B, 3, H, W) → fp32 (B, 3, 299, 299), see `FIDInception`."""
     values = pixels.float()
     if how == "tensorflow":
-        return (_tensorflow_resize(values) - 128) / 128
+        return (tensorflow_resize(values, INPUT_SIZE) - 128) / 128
     size = (INPUT_SIZE, INPUT_SIZE)
     return F.interpolate(values / 255, size, mode="bilinear", align_corners=False) * 2 - 1
 
 
-def _tensorflow_resize(values: Tensor) -> Tensor:
-    """TensorFlow 1's bilinear resize: output pixel i reads position i · (input / output), with no half-pixel shift."""
+def tensorflow_resize(values: Tensor, size: int) -> Tensor:
+    """TensorFlow 1's bilinear resize of (B, C, H, W) to a square: output pixel i reads position i · (input / output),
+    with no half-pixel shift."""
     for axis in (2, 3):
         extent = values.shape[axis]
-        position = torch.arange(INPUT_SIZE, device=values.device, dtype=torch.float32) * (extent / INPUT_SIZE)
+        position = torch.arange(size, device=values.device, dtype=torch.float32) * (extent / size)
         low = position.long().clamp(max=extent - 1)
         high = (low + 1).clamp(max=extent - 1)
         weight = (position - low).reshape(-1, *([1] * (3 - axis)))

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from acdit.chunks import ChunkStore
-from acdit.errors import DataError
+from acdit.errors import ConfigError, DataError
+from acdit.evaluation.clip_sets import ClipSet
 from acdit.evaluation.extractors import Extractor
 from acdit.evaluation.features import FeatureSet, extract_features
 from acdit.evaluation.frechet import frechet_distance
@@ -51,28 +52,41 @@ class Evaluator:
     device: torch.device | None = None
     progress: bool = True
 
-    def measure(self, samples: ImageSet, count: int | None = None) -> dict[str, Any]:
-        """Measure pictures 0 … count − 1.
+    def measure(self, samples: ImageSet | ClipSet, count: int | None = None) -> dict[str, Any]:
+        """Measure pictures 0 … count − 1, or clips as wholes.
 
         Returns:
             On the first process the figures by name, `not_measured` with a reason a missing one, counts and warnings;
             on the others an empty dict.
 
         Raises:
+            ConfigError: pictures for an extractor of clips, or clips for one of frames (see `ClipEvaluator`).
             DataError: too few pictures, a bad one, or features that do not fit the reference's.
             NonFiniteError: NaN or infinite features; the picture is named.
         """
-        samples_store = self._extract(samples, count, "sample features")
+        self._require_kind(samples, "samples")
+        if self.reference.images is not None:
+            self._require_kind(self.reference.images, "the reference")
+        samples_store = self.extract(samples, count, "sample features")
         reference_store = None
         if self.reference.images is not None:
-            reference_store = self._extract(self.reference.images, None, "reference features")
+            reference_store = self.extract(self.reference.images, None, "reference features")
         if not self.processes.is_first:
             return {}
         return self._figures(FeatureSet(samples_store), reference_store)
 
-    def _extract(self, images: ImageSet, count: int | None, what: str) -> ChunkStore:
+    def _require_kind(self, samples: ImageSet | ClipSet, what: str) -> None:
+        if samples.kind != self.extractor.kind:
+            given = "clips" if samples.kind == "clips" else "pictures"
+            raise ConfigError(
+                f"--extractor {self.extractor.name}", found=f"{given} as {what}", expected=f"{self.extractor.kind}",
+                fix="ClipEvaluator measures clips frame by frame" if given == "clips" else "an extractor of frames",
+            )  # fmt: skip
+
+    def extract(self, samples: ImageSet | ClipSet, count: int | None, what: str) -> ChunkStore:
+        """Features by the extractor, kept in the work folder; see `extract_features`."""
         return extract_features(
-            images, self.extractor, self.work, count=count, batch_size=self.batch_size, chunk_size=self.chunk_size,
+            samples, self.extractor, self.work, count=count, batch_size=self.batch_size, chunk_size=self.chunk_size,
             processes=self.processes, device=self.device, what=what, progress=self.progress,
         )  # fmt: skip
 
@@ -131,7 +145,7 @@ class Evaluator:
         for name, side in (("samples", samples), ("reference pictures", reference)):
             if side is not None and side.count <= width:
                 warnings.append(
-                    f"{side.count} {name} for {width} features: the covariance is singular, FID biased upwards"
+                    f"{side.count} {name} for {width} features: the covariance is singular, the distance biased upwards"
                 )
         if self.extractor.name == "inception" and samples.count < _FEW:
             warnings.append(f"{samples.count} samples: published figures take 50,000; FID of fewer is higher")

@@ -1,4 +1,4 @@
-"""What samples are compared with: pictures, or ADM's reference file in either of its forms."""
+"""What samples are compared with: pictures or clips, or ADM's reference file in either of its forms."""
 
 from __future__ import annotations
 
@@ -11,15 +11,18 @@ import torch
 from torch import Tensor
 
 from acdit.errors import DataError
-from acdit.evaluation.image_sets import ImageSet, npz_arrays, open_images
+from acdit.evaluation.clip_files import ClipCut
+from acdit.evaluation.clip_sets import ClipSet, open_clips
+from acdit.evaluation.image_sets import ImageSet, open_images
+from acdit.evaluation.npz_files import npz_arrays
 
 
 @dataclass(frozen=True)
 class Reference:
-    """Pictures, statistics, or both: ADM's ImageNet file has statistics of all and a batch of 10,000 pictures."""
+    """Pictures or clips, statistics, or both: ADM's ImageNet file has statistics of all and a batch of 10,000."""
 
     name: str
-    images: ImageSet | None = None
+    images: ImageSet | ClipSet | None = None
     statistics: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """"pooled" and "spatial" → mean (F,) and covariance (F, F), fp64. They take the place of the pictures' own."""
 
@@ -32,7 +35,9 @@ class Reference:
         }
 
 
-def open_reference(where: str, channels: int | None = None, size: int | None = None) -> Reference:
+def open_reference(
+    where: str, channels: int | None = None, size: int | None = None, cut: ClipCut | None = None
+) -> Reference:
     """Open a reference.
 
     Args:
@@ -40,13 +45,18 @@ def open_reference(where: str, channels: int | None = None, size: int | None = N
             `sigma` (and `mu_s`, `sigma_s`), or with both.
         channels: 1 or 3, what the extractor wants.
         size: resize and crop pictures that are files to this edge, as ADM does.
+        cut: open clips (see `open_clips`), and take these frames of each; mu and sigma are then of clips' features.
 
     Raises:
         DataError: nothing there, other arrays, shapes that do not fit each other, NaN or infinite statistics.
     """
+
+    def opened() -> ImageSet | ClipSet:
+        return open_images(where, channels, size) if cut is None else open_clips(where, cut, channels, size)
+
     path = Path(where)
     if not (path.is_file() and path.suffix.lower() == ".npz"):
-        return Reference(Path(where).name if path.exists() else where, open_images(where, channels, size))
+        return Reference(Path(where).name if path.exists() else where, opened())
     arrays = npz_arrays(path)
     statistics = {}
     for kind, mean_name, covariance_name in (("pooled", "mu", "sigma"), ("spatial", "mu_s", "sigma_s")):
@@ -60,9 +70,9 @@ def open_reference(where: str, channels: int | None = None, size: int | None = N
     if not statistics and "arr_0" not in arrays:
         raise DataError(
             str(path), found=f"the arrays {', '.join(sorted(arrays)) or 'none'}",
-            expected="arr_0 (uint8 pictures), or mu and sigma (with mu_s and sigma_s for sFID)",
+            expected="arr_0 (uint8 pictures or clips), or mu and sigma (with mu_s and sigma_s for sFID)",
         )  # fmt: skip
-    images = open_images(where, channels, size) if "arr_0" in arrays else None
+    images = opened() if "arr_0" in arrays else None
     return Reference(path.name, images, statistics)
 
 

@@ -18,7 +18,7 @@ from acdit.errors import ConfigError
 
 KEYS = {"guidance_scale": float, "num_inference_steps": int}
 _ALIASES = {"steps": "num_inference_steps"}
-_PLOTTED = ("fid", "sfid", "inception_score", "precision", "recall")
+_PLOTTED = ("fid", "sfid", "inception_score", "fvd", "frame_frechet", "precision", "recall")
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def plot_sweep(x: str, results: Sequence[dict[str, Any]], lines: Sequence[str], 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    metrics = [name for name in _PLOTTED if any(row[name] is not None for row in results)]
+    metrics = [name for name in _PLOTTED if any(row.get(name) is not None for row in results)]
     figure = Figure(figsize=(3.4 * len(metrics), 3.2), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)  # explicit, so that no global backend is touched
     for place, metric in enumerate(metrics, start=1):
