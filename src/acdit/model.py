@@ -348,6 +348,7 @@ class ACDiTTransformer(SafetensorsOnly, ModelMixin, ConfigMixin):
         if not bool(lags.any()):
             return None
         weight, layout = self.x_embedder.weight, self.layout
+        extents: tuple[int, ...]
         if self.config.rope == "1d":
             positions, extents = (lags * layout.block_tokens)[:, None], (layout.num_tokens,)
         else:
