@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from acdit import ACDiTTransformer, cli
 from acdit.cli import main
 from acdit.cli.models import load_pipeline
+from tests.data.pictures import bomb, png
 from tests.training.runs import run, tiny_recipe
 
 
@@ -124,6 +125,31 @@ def test_a_given_picture_is_continued(model: Path, tmp_path: Path) -> None:
     out = np.asarray(Image.open(next((tmp_path / "out").glob("00000*"))), dtype=int)
     assert np.abs(out[:4] - pixels[:4]).max() <= 1
     assert np.abs(out[4:] - pixels[4:]).max() > 1
+
+
+@pytest.mark.parametrize("kind", ["bomb", "postscript", "damaged", "missing"])
+def test_a_picture_to_continue_is_read_as_carefully_as_data_are(
+    model: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "given.png"
+    content = {
+        "bomb": bomb(13_000, 13_000),  # within Pillow's own limit
+        "postscript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n",  # Pillow would start ghostscript
+        "damaged": png(3)[:-30],
+    }
+    if kind in content:
+        file.write_bytes(content[kind])
+    arguments = ["--labels", "3", "--prefix-image", str(file), "--prefix-blocks", "2", "--steps", "1"]
+    assert main(["sample", str(model), *arguments, "--output", str(tmp_path / "out")]) == 3
+    said = capsys.readouterr().err
+    assert str(file) in said
+    expected = {
+        "bomb": "13000×13000",
+        "postscript": "cannot identify",
+        "damaged": "truncated",
+        "missing": "No such file",
+    }
+    assert expected[kind] in said
 
 
 @pytest.mark.parametrize("solver", ["ddim", "ddpm", "euler", "unipc", "dpm++"])

@@ -9,16 +9,19 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from math import prod
+from math import isqrt, prod
 
 import torch
 from torch import Tensor
 
 from acdit.errors import ConfigError
 
+_MAX_EXTENT = 2**31 - 1
+
 
 def _valid_sizes(extent: int) -> list[int]:
-    return [size for size in range(1, extent + 1) if extent % size == 0]
+    small = [size for size in range(1, isqrt(extent) + 1) if extent % size == 0]
+    return sorted({*small, *(extent // size for size in small)})
 
 
 def _as_axes(name: str, value: int | Sequence[int], ndim: int | None = None) -> tuple[int, ...]:
@@ -30,6 +33,8 @@ def _as_axes(name: str, value: int | Sequence[int], ndim: int | None = None) -> 
     axes = (given,) * (ndim or 1) if isinstance(given, int) else tuple(given)
     if not axes or any(size < 1 for size in axes):
         raise ConfigError(f"layout.{name}", found=repr(value), expected="positive integers, one per axis")
+    if max(axes) > _MAX_EXTENT:
+        raise ConfigError(f"layout.{name}", found=f"{max(axes)}", expected=f"at most {_MAX_EXTENT}")
     if ndim is not None and len(axes) != ndim:
         raise ConfigError(
             f"layout.{name}", found=f"{axes} ({len(axes)} axes)", expected=f"{ndim} axes, as many as the grid has"

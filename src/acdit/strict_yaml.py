@@ -86,7 +86,7 @@ def read_yaml(text: str, name: str) -> Any:
     Raises:
         ConfigError: anything but plain mappings, lists and finite scalars, with file and line.
     """
-    if len(text.encode()) > _MAX_YAML_BYTES:
+    if len(text.encode(errors="surrogatepass")) > _MAX_YAML_BYTES:  # a shell's stray bytes arrive as surrogates
         raise ConfigError(name, found=f"{len(text)} characters", expected=f"at most {_MAX_YAML_BYTES} bytes")
     try:
         loader = _StrictLoader(text)

@@ -173,18 +173,20 @@ def _prefix(options: argparse.Namespace, pipeline: Any) -> Any:
         raise ConfigError("--prefix-blocks", found=str(options.prefix_blocks), expected=f"1 … {blocks - 1}")
     import numpy as np
     import torch
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     grid = pipeline.transformer.config.grid
     from acdit.codecs import spatial_factor
+    from acdit.data.picture import BadPicture, decode_picture
 
     factor = spatial_factor(pipeline.vae) if pipeline.vae is not None else 1
     channels = pipeline.transformer.config.in_channels if pipeline.vae is None else pipeline.vae.config.in_channels
     gray = channels == 1
     try:
-        with Image.open(options.prefix_image) as file:
-            picture = file.convert("L" if gray else "RGB").resize((grid[1] * factor, grid[0] * factor))
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        given = decode_picture(Path(options.prefix_image).read_bytes(), 1 if gray else 3, None)
+    except (OSError, BadPicture) as error:
         raise DataError(f"{options.prefix_image}", found=str(error), expected="a picture") from None
-    values = torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255)
-    return (values[None] if gray else values.permute(2, 0, 1))[None]
+    picture = Image.fromarray(given[0].numpy() if gray else given.permute(1, 2, 0).numpy())
+    values = np.asarray(picture.resize((grid[1] * factor, grid[0] * factor)), dtype=np.float32) / 255
+    pixels = torch.from_numpy(values)
+    return (pixels[None] if gray else pixels.permute(2, 0, 1))[None]

@@ -10,6 +10,8 @@ from pathlib import Path
 from acdit.data.picture import MAX_BYTES
 from acdit.errors import DataError
 
+MAX_CLASSES = 2**20
+"""Labels count classes: one wrong number must not make a list of a thousand million names."""
 EXPECTED = (
     'a text file with one class a line, or JSON: a list of names, {"0": name, …}, or {"0": [folder, name], …} as '
     "ImageNet's class index"
@@ -101,8 +103,16 @@ def read_class_list(path: str | Path) -> ClassList:
 
 
 def numbered(count: int, classes: ClassList | None, where: str) -> list[str]:
-    """Names of `count` numbered classes: of the list, or their numbers."""
+    """Names of `count` numbered classes: of the list, or their numbers.
+
+    Raises:
+        DataError: more classes than the list has, or more than `MAX_CLASSES`: a damaged label.
+    """
     if classes is None:
+        if count > MAX_CLASSES:
+            raise DataError(
+                where, found=f"label {count - 1}", expected=f"0 … {MAX_CLASSES - 1}", fix="correct the labels"
+            )
         return [str(label) for label in range(count)]
     classes.require_at_least(count, where)
     return list(classes.names)

@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 1
 KIND = "acdit latents"
+_DTYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}  # as safetensors calls them
 STD_RANGE = (0.5, 2.0)
 """Outside of it the scale is probably another autoencoder's."""
 
@@ -161,7 +162,7 @@ class LatentsDataset:
         posterior: "mode" or "sample".
 
     Raises:
-        DataError: no manifest, shards missing or of another size.
+        DataError: no manifest; shards missing, or of another size, shape or type than it says.
         ConfigError: views or a posterior that were not cached.
     """
 
@@ -190,6 +191,7 @@ class LatentsDataset:
         self.labels: list[int] = []
         """Class of every index."""
         for number in range(len(self.manifest.shards)):
+            self._require_form(number)
             self.labels += self._shard(number).get_tensor("labels").tolist()
 
     def __len__(self) -> int:
@@ -251,6 +253,21 @@ class LatentsDataset:
             raise DataError(
                 str(file), found=found, expected=f"{shard.bytes:,} bytes", fix="give the `acdit encode` command again"
             )
+
+    def _require_form(self, number: int) -> None:
+        """A shard's header against the manifest: one of another encoding may have the same size to the byte."""
+        manifest, shard = self.manifest, self._shard(number)
+        latents = [manifest.shards[number].count, 1 + manifest.flips, *manifest.latent_shape]
+        wanted = {name: (_DTYPES.get(manifest.dtype), latents) for name in self._names}
+        wanted["labels"] = ("I64", latents[:1])
+        for name, form in wanted.items():
+            try:
+                found = shard.get_slice(name)
+            except SafetensorError as error:
+                raise self._damaged(number, str(error)) from error
+            if (found.get_dtype(), list(found.get_shape())) != form:
+                reason = f"{name} is {found.get_dtype()} {found.get_shape()}, the manifest says {form[0]} {form[1]}"
+                raise self._damaged(number, reason)
 
     def _damaged(self, number: int, reason: str) -> DataError:
         return DataError(

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from PIL import Image
+from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH, TiffImageFile
 from torch import Tensor
 
 from acdit.errors import ConfigError
@@ -91,6 +92,7 @@ def decode_picture(
         picture = _opened(data)
         if picture.width * picture.height > MAX_PIXELS:
             raise BadPicture(f"the header declares {picture.width}×{picture.height} pixels, more than {MAX_PIXELS}")
+        _require_small_tiles(picture)
         if wanted is not None:
             _require_no_strip(*picture.size, wanted)
         picture.load()
@@ -158,6 +160,14 @@ def _cover(picture: Image.Image, height: int, width: int) -> Image.Image:
     scale = max(height / picture.height, width / picture.width)
     scaled = (round(picture.width * scale), round(picture.height * scale))
     return picture.resize(scaled, Image.Resampling.BICUBIC)
+
+
+def _require_small_tiles(picture: Image.Image) -> None:
+    # A TIFF of 16×16 pixels may lie in one tile of 20,000×20,000, which the decoder unpacks whole.
+    if isinstance(picture, TiffImageFile):
+        width, height = (int(picture.tag_v2.get(tag, 0)) for tag in (TILEWIDTH, TILELENGTH))
+        if width * height > MAX_PIXELS:
+            raise BadPicture(f"a tile of {width}×{height} pixels, more than {MAX_PIXELS}")
 
 
 def _require_no_strip(width: int, height: int, wanted: tuple[int, int]) -> None:

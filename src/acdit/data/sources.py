@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from acdit.data.picture import MAX_BYTES, BadPicture
-from acdit.errors import DataError
+from acdit.errors import DataError, first_line
 
 
 def is_hidden(path: str) -> bool:
@@ -114,14 +114,22 @@ class ZipSource:
         """The entry's bytes, checked against its checksum.
 
         Raises:
-            BadPicture: damaged, or larger than `MAX_BYTES` once unpacked.
+            BadPicture: damaged, larger than `MAX_BYTES` once unpacked, or packed in a way that cannot be read in part.
         """
         try:
             entry = self._zip().getinfo(path)
-            # The size is what the directory of the zip declares; reading stops there, whatever the data unpack to.
             if entry.file_size > MAX_BYTES:
                 raise BadPicture(f"unpacks to {entry.file_size} bytes, more than {MAX_BYTES}")
-            return self._zip().read(entry)
+            # zipfile unpacks bzip2 and lzma whole, whatever they hold.
+            if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise BadPicture(f"packed by method {entry.compress_type}; only stored and deflated entries are read")
+            # The size is what the directory of the zip declares. Asked for that many bytes, zipfile unpacks no more;
+            # `read()` without a number would unpack everything and cut it afterwards.
+            with self._zip().open(entry) as file:
+                data = file.read(entry.file_size)
+            if len(data) != entry.file_size:
+                raise BadPicture(f"unpacks to {len(data)} bytes, declared as {entry.file_size}")
+            return data
         except BadPicture:
             raise
         except Exception as error:  # BadZipFile, zlib.error, EOFError, NotImplementedError (compression), OSError
@@ -131,9 +139,11 @@ class ZipSource:
         if self._handle is None or self._handle_process != os.getpid():
             try:
                 self._handle = zipfile.ZipFile(self.root)
-            except (zipfile.BadZipFile, OSError, NotImplementedError) as error:
+            except Exception as error:  # BadZipFile, OSError, NotImplementedError, UnicodeDecodeError, …
                 raise DataError(
-                    f"data.root {self.root}", found=f"a file that is not a readable zip ({error})", expected="a zip"
+                    f"data.root {self.root}",
+                    found=f"a file that is not a readable zip ({first_line(error)})",
+                    expected="a zip",
                 ) from error
             self._handle_process = os.getpid()
         return self._handle

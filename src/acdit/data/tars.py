@@ -79,7 +79,7 @@ class Shard:
                 raise self._refused(found, EXPECTED)
         except tarfile.TarError as error:
             raise self._refused(f"a file that is no readable tar ({error})", EXPECTED) from None
-        except (OSError, EOFError, ValueError, OverflowError) as error:
+        except (OSError, EOFError, ValueError, OverflowError, RecursionError) as error:
             if isinstance(error, DataError):
                 raise
             raise self._refused(f"unreadable data ({error})", EXPECTED) from None

@@ -65,7 +65,7 @@ def npz_arrays(path: Path) -> dict[str, Callable[[], np.ndarray]]:
     try:
         with zipfile.ZipFile(path) as archive:
             entries = [entry for entry in archive.infolist() if entry.filename.endswith(".npy")]
-    except (zipfile.BadZipFile, OSError, NotImplementedError) as error:
+    except Exception as error:  # BadZipFile, OSError, NotImplementedError, UnicodeDecodeError, struct.error
         raise DataError(str(path), found=f"not a readable npz ({error})", expected="what np.savez writes") from None
     return {entry.filename.removesuffix(".npy"): _reader(path, entry) for entry in entries}
 
