@@ -117,7 +117,7 @@ def test_the_same_pictures_give_the_same_latents_in_every_form(base: Path, tmp_p
         assert all(torch.equal(found[index][0], expected[index][0]) for index in range(10))
 
 
-@each_kind
+@pytest.mark.parametrize("kind", ["webdataset", pytest.param("hf", marks=pytest.mark.campaign)])  # half a minute each
 def test_after_a_sigkill_of_two_workers_another_process_ends_the_same(base: Path, tmp_path: Path, kind: str) -> None:
     """The data travel to workers, and are known again by a process whose library has its cache elsewhere."""
     encode(base, kind, tmp_path / "whole", shard_size=1, batch_size=1)
