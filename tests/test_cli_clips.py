@@ -142,7 +142,7 @@ WRONG: dict[str, tuple[list[str], int, str]] = {
     "a span without frames": (["C.npz", "--extractor", "pixels", "--span", "2"], 2, "--span"),
     "no clip extractor": (
         ["C.npz", "--extractor", "tests.evaluation.clips:mean_colour", "--frames", "4", "--reference", "S.npz"],
-        2, "nothing to measure",
+        2, "statistics, and an extractor of frames",
     ),
     "self-test of i3d": (["--self-test", "--extractor", "i3d", "--weights", "I3D"], 2, "found pictures"),
 }  # fmt: skip

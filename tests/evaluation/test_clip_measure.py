@@ -22,7 +22,7 @@ from acdit.evaluation.features import extract_features
 from acdit.evaluation.image_sets import open_images
 from acdit.evaluation.inception import Features
 from acdit.evaluation.measure import Evaluator
-from acdit.evaluation.reference import open_reference
+from acdit.evaluation.reference import Reference, open_reference
 from tests.evaluation.clips import npz, random_clips, save_stand_in
 
 CORNER = Extractor("corner", 3, lambda clips: Features(clips[:, 0, :2, 0, 0].float()), kind="clips")
@@ -80,8 +80,9 @@ def test_statistics_as_reference_give_the_same_fvd(tmp_path: Path) -> None:
     clips, alone = (measure(ours, reference, tmp_path, CORNER, ClipCut(2)) for reference in (theirs, statistics))
     assert alone["fvd"] == pytest.approx(clips["fvd"], rel=1e-9)
     assert alone["num_reference"] is alone["precision"] is None
-    with pytest.raises(ConfigError, match="nothing to measure"):
-        measure(ours, statistics, tmp_path, Colours().extractor(), ClipCut(2))
+    blind = evaluator(statistics, tmp_path, Colours().extractor(), ClipCut(2))
+    with pytest.raises(ConfigError, match="statistics, and an extractor of frames only"):
+        ClipEvaluator(blind)  # before anything is drawn or read
 
 
 def drifting(tmp_path: Path) -> tuple[str, str, Tensor, Tensor]:
@@ -202,6 +203,8 @@ WRONG = {
     "pictures for the evaluator of clips": ("pictures of clips", "colours", ConfigError, "expected clips"),
     "too many asked for": ("too many", "colours", DataError, "found 9 clips; expected at least 10"),
     "no number": ("nan", "colours", NonFiniteError, r"arr_0\[4\]; found NaN or infinite features \(frames"),
+    "other frames than the reference": ("other frames", "colours", ConfigError, "as the reference has"),
+    "pictures as reference": ("pictures as reference", "colours", ConfigError, "reference; found pictures"),
     "no span": ("span", "colours", ConfigError, "--span"),
 }
 
@@ -227,6 +230,8 @@ def test_mistakes(name: str, tmp_path: Path) -> None:
         "clips": lambda: made.measure(clips_given),
         "pictures": lambda: made.measure(pictures),
         "pictures of clips": lambda: ClipEvaluator(made).measure(pictures),
+        "other frames": lambda: ClipEvaluator(made).measure(open_clips(ours, ClipCut(4), 3)),
+        "pictures as reference": lambda: ClipEvaluator(Evaluator(extractor, Reference("r", pictures), tmp_path)),
         "span": lambda: ClipEvaluator(made, 0),
         "too many": lambda: ClipEvaluator(made).measure(clips_given, 10),
         "nan": lambda: ClipEvaluator(made).measure(clips_given),

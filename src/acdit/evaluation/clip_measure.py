@@ -34,7 +34,8 @@ class ClipEvaluator:
         span: frames that a figure over time is of; those of a model's block, for instance.
 
     Raises:
-        ConfigError: clips too short for the extractor, a span of less than a frame.
+        ConfigError: clips too short for the extractor, a span of less than a frame, pictures as reference, or
+            statistics as reference for an extractor that sees frames only: nothing could be measured.
     """
 
     evaluator: Evaluator
@@ -43,9 +44,17 @@ class ClipEvaluator:
     def __post_init__(self) -> None:
         if self.span < 1:
             raise ConfigError("--span", found=str(self.span), expected="at least one frame")
-        reference = self.evaluator.reference.images
-        if reference is not None and reference.kind == "clips":
-            self.evaluator.extractor.require_frames(reference.cut.frames)
+        reference, extractor = self.evaluator.reference.images, self.evaluator.extractor
+        if reference is None:
+            if extractor.kind == "frames" and extractor.of_clips is None:
+                raise ConfigError(
+                    f"--extractor {extractor.name}", found="a reference of statistics, and an extractor of frames only",
+                    expected="clips as reference, or an extractor of clips (i3d, pixels)",
+                )  # fmt: skip
+        elif reference.kind != "clips":
+            raise ConfigError("reference", found="pictures", expected="clips", fix="open_reference(…, cut=ClipCut(…))")
+        else:
+            extractor.require_frames(reference.cut.frames)
 
     def measure(self, samples: ClipSet, count: int | None = None) -> dict[str, Any]:
         """Measure clips 0 … count − 1.
@@ -56,21 +65,23 @@ class ClipEvaluator:
             shorter); `not_measured` with a reason a missing one, counts, warnings. On the others an empty dict.
 
         Raises:
-            ConfigError: pictures instead of clips, clips too short for the extractor, or neither kind of figure can be
-                taken.
+            ConfigError: pictures instead of clips, clips too short for the extractor, or other frames than the
+                reference's.
             DataError: too few clips, a bad one, or features that do not fit the reference's.
             NonFiniteError: NaN or infinite features; the clip is named.
         """
         extractor = self.evaluator.extractor
         if samples.kind != "clips":
             raise ConfigError("samples", found="pictures", expected="clips", fix="leave --frames out")
+        reference = self.evaluator.reference.images
+        if reference is not None and reference.kind == "clips" and reference.cut != samples.cut:
+            raise ConfigError("samples", found=f"{samples.cut}", expected=f"{reference.cut}, as the reference has")
         extractor.require_frames(samples.cut.frames)
         whole = extractor if extractor.kind == "clips" else extractor.of_clips
         figures: dict[str, Any] = {
             **dict.fromkeys(CLIP_METRICS), "frame_frechet_over_time": None, "span": self.span, "not_measured": {},
             **samples.cut.describe(), "num_samples": len(samples) if count is None else count, "warnings": [],
         }  # fmt: skip
-        reference = self.evaluator.reference.images
         figures["num_reference"] = None if reference is None else len(reference)
         parts = [
             self._whole(whole, samples, count),
@@ -82,12 +93,6 @@ class ClipEvaluator:
             figures["not_measured"] |= part.pop("not_measured", {})
             figures["warnings"] += part.pop("warnings", [])
             figures |= part
-        if all(figures[name] is None for name in CLIP_METRICS):
-            raise ConfigError(
-                f"--extractor {extractor.name}",
-                found=f"nothing to measure of clips ({'; '.join(set(figures['not_measured'].values()))})",
-                expected="an extractor of clips, or clips as reference",
-            )
         return figures
 
     def _whole(self, extractor: Extractor | None, samples: ClipSet, count: int | None) -> dict[str, Any]:
