@@ -23,7 +23,7 @@ from acdit.training.consolidate import consolidate
 from acdit.training.history import committed_checkpoints
 from acdit.training.shards import Part
 from tests.training.runs import run, tiny_recipe
-from tests.training.worker import EXACT, FSDP2, LAYERS
+from tests.training.worker import BF16, EXACT, FSDP2, LAYERS
 
 TOLERANCE = 1e-10
 ROOT = Path(__file__).parents[2]
@@ -58,6 +58,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run(tiny_recipe(**EXACT), directory / "one")
     run(tiny_recipe(**{**EXACT, **LAYERS}), directory / "one-two-layers")
     run(tiny_recipe(**FSDP2), directory / "fsdp2-1")
+    run(tiny_recipe(**BF16), directory / "bf16-1")
     launch("two", directory, 2)
     cut_to(directory / "fsdp2-2", 2, directory / "fsdp2-2-to-4")
     cut_to(directory / "fsdp2-2", 2, directory / "fsdp2-2-to-ddp-4")
@@ -101,6 +102,35 @@ def test_any_number_of_processes_is_one_process(runs: Path, name: str) -> None:
 @pytest.mark.parametrize("mode", ["elementwise", "layers"])
 def test_gradient_checkpointing_changes_nothing_under_fsdp2(runs: Path, mode: str) -> None:
     assert_equal_runs(runs / "one-two-layers", runs / f"fsdp2-2-{mode}")
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+def test_bf16_differs_by_its_rounding_only(runs: Path, name: str) -> None:
+    """Two processes against one. A process's share has other shapes, so sums may round in another order.
+
+    Where a processor rounds a gradient to bf16 in every share, each side is off by up to 2⁻⁸ of it: 2⁻⁷ apart. (Where
+    products are summed in fp32, as here without a bf16 unit, it is 1e-7.) A gradient that is not shared, or scaled
+    twice, is off by 1 or more. Adam then divides every element by its size: those that are smaller than the rounding
+    may go either way, so weights are compared by how far they are apart, against how far they have come.
+    """
+    one, two = runs / "bf16-1", runs / f"bf16-{name}-2"
+    first, other = state_of(one / "checkpoint-1"), state_of(two / "checkpoint-1")
+    moments = [key for key in first if key.endswith(".exp_avg")]
+    assert moments
+    for key in moments:
+        assert first[key].dtype == other[key].dtype == torch.float32
+        assert float((first[key] - other[key]).norm()) <= 2**-7 * float(first[key].norm()), key
+    logs = [[json.loads(line) for line in (place / "log.jsonl").open()] for place in (one, two)]
+    for key in ("loss", "gradient_norm"):
+        assert [line[key] for line in logs[1]] == pytest.approx([line[key] for line in logs[0]], rel=2**-7), key
+    exact = json.loads((runs / "one" / "log.jsonl").read_text().splitlines()[-1])
+    assert abs(logs[1][-1]["loss"] / exact["loss"] - 1) > 1e-6  # it is bf16 indeed
+    last, apart, come = state_of(one / "checkpoint-4"), 0.0, 0.0
+    for key, value in state_of(two / "checkpoint-4").items():
+        if key.startswith("model."):
+            apart += float((value - last[key]).square().sum())
+            come += float((last[key] - first[key]).square().sum())
+    assert apart <= 0.1**2 * come
 
 
 @pytest.mark.parametrize("name", ["fsdp2-2-to-4", "fsdp2-2-to-ddp-4", "ddp-2-to-fsdp2-4"])

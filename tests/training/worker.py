@@ -20,6 +20,7 @@ EXACT: dict[str, Any] = {
     "data__flip": True, "corruption__copies": 2, "train__log_every": 3,
 }  # fmt: skip
 FSDP2 = {**EXACT, "train__parallel": "fsdp2"}
+BF16 = {**EXACT, "train__precision": "bf16", "train__log_every": 1, "train__checkpoint_every": 1}
 LAYERS: dict[str, Any] = {
     "model": {"grid": [8, 8], "block": [4, 4], "in_channels": 1, "num_layers": 2, "num_attention_heads": 1,
               "attention_head_dim": 8, "num_classes": 10},
@@ -34,6 +35,8 @@ def two(directory: Path) -> None:
     for mode in ("elementwise", "layers"):
         options = {**FSDP2, **LAYERS, "train__gradient_checkpointing": mode}
         run(tiny_recipe(**options), directory / f"fsdp2-2-{mode}")
+    for parallel in ("ddp", "fsdp2"):
+        run(tiny_recipe(**BF16, train__parallel=parallel), directory / f"bf16-{parallel}-2")
     for parallel, rank in (("ddp", 0), ("fsdp2", 0), ("fsdp2", 1)):
         full_disk(directory / f"full-{parallel}-{rank}", parallel, rank)
 
