@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +37,17 @@ def test_a_new_run_starts_from_the_published_averages(source: Path, tmp_path: Pa
 
 
 def test_a_resumed_run_does_not_start_again(source: Path, tmp_path: Path) -> None:
-    recipe = tiny_recipe(train__init_from=str(source))
+    moved = tmp_path / "source"
+    shutil.copytree(source, moved)
+    recipe = tiny_recipe(train__init_from=str(moved))
     whole = run(recipe, tmp_path / "whole")
-    resumed = Trainer(
-        tiny_recipe(train__init_from="moved/elsewhere"), tmp_path / "whole", resume="checkpoint-2", progress=False
-    )
+    shutil.rmtree(moved)  # it is not needed any more
+    resumed = Trainer(recipe, tmp_path / "whole", resume="checkpoint-2", progress=False)
     resumed.train()
     for name, value in resumed.state.model.state_dict().items():
         assert torch.equal(value, whole.state.model.state_dict()[name]), name
+    with pytest.raises(ConfigError, match=r"train\.init_from"):
+        Trainer(tiny_recipe(train__init_from="other"), tmp_path / "whole", resume="checkpoint-2", progress=False)
 
 
 def test_an_image_model_initialises_a_video_model(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

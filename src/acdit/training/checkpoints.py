@@ -46,7 +46,7 @@ HARMLESS = (
     "name", "data.root", "data.num_workers", "data.max_bad_files", "train.checkpoint_every", "train.keep_checkpoints",
     "train.log_every", "train.sample_every", "train.tensorboard", "train.timeout_seconds",
     "sampling.num_inference_steps", "sampling.guidance_scale", "sampling.labels", "codec.vae", "codec.subfolder",
-    "codec.vae_sha256", "train.init_from",
+    "codec.vae_sha256",
 )  # fmt: skip
 INEXACT = ("train.threads", "train.compile", "train.gradient_checkpointing", "train.precision", "train.parallel")
 SCHEDULE = ("train.steps", "train.epochs", "optim.schedule", "optim.decay_fraction", "optim.warmup_steps", "optim.lr")
