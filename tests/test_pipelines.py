@@ -148,6 +148,10 @@ def test_the_vae_codec_scales_and_shifts_both_ways() -> None:
     frame_by_frame = torch.stack([codec.encode(clip[:, :, t]) for t in range(5)], dim=2)
     torch.testing.assert_close(codec.encode(clip), frame_by_frame, rtol=1e-4, atol=1e-5)
     assert codec.decode(codec.encode(clip)).shape == clip.shape
+    assert codec.model_shape((3, 5, 16, 16)) == tuple(codec.encode(clip).shape[1:])
+    drawing = VAECodec(vae, posterior="sample")
+    assert drawing.noise_shape((3, 5, 16, 16)) == codec.model_shape((3, 5, 16, 16))
+    assert drawing.noise_shape((3, 16, 16)) == codec.model_shape((3, 16, 16)) == codec.latent_shape(16, 16)
 
 
 def test_a_latent_model_without_its_vae_says_what_is_missing() -> None:

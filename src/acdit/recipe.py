@@ -56,6 +56,10 @@ class DataRecipe:
     `size` is what pictures are resized and cropped to: a square's side, or [height, width]. `classes` is a file that
     gives classes their order and names. `shuffle_buffer` counts the rows of a stream that are shuffled together;
     up to twice as many lie in the memory of each process, undecoded.
+
+    A clip has `frames` frames: of those its file shows (with `fps`, of so many a second) every `frame_stride`-th, from
+    `start` on: random, center or first. `short_clips` says what becomes of shorter files: error or loop. `split_file`
+    is one of UCF-101's lists. Of moving digits there are `digits_per_clip`.
     """
 
     kind: str
@@ -70,6 +74,13 @@ class DataRecipe:
     label_column: str = "label"
     streaming: bool = False
     shuffle_buffer: int = 2048
+    frames: int = 16
+    frame_stride: int = 1
+    fps: float | None = None
+    start: str = "random"
+    short_clips: str = "error"
+    split_file: str | None = None
+    digits_per_clip: int = 1
     max_bad_files: int = 0
     num_workers: int = 0
 
@@ -207,8 +218,12 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.preset": ("B", "L", "XL", "H"),
     "model.rope": ("axial", "reference", "1d", "none"),
     "model.sink_positions": ("true", "sliding"),
-    "data.kind": ("digits", "images", "idx", "webdataset", "hf", "latents"),
+    "data.kind": (
+        "digits", "images", "idx", "webdataset", "hf", "latents", "clips", "moving_digits", "moving_idx",
+    ),
     "data.crop": ("center", "random"),
+    "data.start": ("random", "center", "first"),
+    "data.short_clips": ("error", "loop"),
     "codec.kind": ("pixels", "vae"),
     "codec.posterior": ("mode", "sample"),
     "corruption.prediction_type": ("epsilon", "v_prediction", "flow_prediction"),
@@ -218,7 +233,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "train.precision": ("fp32", "bf16", "fp64"),
     "train.gradient_checkpointing": ("none", "elementwise", "layers"),
     "train.parallel": ("ddp", "fsdp2"),
-}
+}  # fmt: skip
 # Inclusive lower bound and exclusive upper bound of numbers; lists are checked value by value.
 RANGES: dict[str, tuple[float, float]] = {
     "seed": (0, 2**63),
@@ -227,7 +242,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "model.attention_head_dim": (2, 2**31), "model.num_classes": (1, 2**31), "model.rope_split": (1, 2**31),
     "model.window": (1, 2**31), "model.sink_blocks": (0, 2**31),
     "data.size": (1, 2**31), "data.channels": (1, 5), "data.max_bad_files": (0, 2**31), "data.num_workers": (0, 4096),
-    "data.shuffle_buffer": (1, 2**31),
+    "data.shuffle_buffer": (1, 2**31), "data.frames": (1, 2**16), "data.frame_stride": (1, 2**16),
+    "data.fps": (1e-3, 1001), "data.digits_per_clip": (1, 3),
     "codec.std": (1e-12, math.inf), "codec.scaling_factor": (1e-12, math.inf), "codec.shift_factor": (-1e12, 1e12),
     "corruption.num_train_timesteps": (1, 2**31), "corruption.copies": (1, 2**31),
     "corruption.context_noise": (0, 1 + 1e-12), "corruption.self_context": (0, 1 + 1e-12),

@@ -29,3 +29,11 @@ def test_floats_are_taken_as_zero_to_one_in_their_own_precision() -> None:
 
 def test_decoded_values_are_clamped() -> None:
     assert PixelCodec().decode(torch.tensor([-3.0, 0.0, 3.0])).tolist() == [0.0, 0.5, 1.0]
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 4, 5), (3, 3, 6, 4, 5)])
+def test_pictures_and_whole_clips_are_mirrored_where_told(shape: tuple[int, ...]) -> None:
+    data = torch.rand(shape)
+    found = PixelCodec.flip(data, torch.tensor([True, False, True]))
+    assert torch.equal(found[1], data[1])
+    assert torch.equal(found[[0, 2]], data[[0, 2]].flip(-1))

@@ -248,6 +248,8 @@ OTHER: dict[str, Any] = {
     "data.kind": "idx", "data.root": "x", "data.split": "held_out", "data.size": 8, "data.crop": "random",
     "data.channels": 3, "data.flip": True, "data.classes": "x", "data.image_column": "x", "data.label_column": "x",
     "data.streaming": True, "data.shuffle_buffer": 9, "data.max_bad_files": 1, "data.num_workers": 1,
+    "data.frames": 8, "data.frame_stride": 2, "data.fps": 4.0, "data.start": "first", "data.short_clips": "loop",
+    "data.split_file": "x", "data.digits_per_clip": 2,
     "codec.kind": "vae", "codec.mean": 0.4, "codec.std": 0.4, "codec.vae": "x", "codec.subfolder": "x",
     "codec.posterior": "sample", "codec.scaling_factor": 1.0, "codec.shift_factor": 1.0, "codec.vae_sha256": "0",
     "codec.tiling": True, "codec.slicing": True,

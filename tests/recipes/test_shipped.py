@@ -17,9 +17,13 @@ from acdit.training.build import architecture, build_model
 
 COUNTS = {"b": 130_305_028, "l": 457_851_908, "xl": 674_856_708, "h": 950_959_620}
 """The reference's exact parameters of image models: 1,000 classes, tokens of 4 numbers."""
+VIDEO_COUNTS = {"xl": 673_848_720, "h": 949_839_632}
+"""The same of video models: 101 classes, tokens of 16 numbers."""
+FVD = {"xl": "111", "h": "104"}
 FID = {"imagenet256-l": "2.53", "imagenet256-xl": "2.45", "imagenet256-h": "2.37"}
 """The paper's Table 1."""
 LARGE = [name for name in shipped_recipes() if name.startswith("imagenet")]
+VIDEO = ["ucf101-xl", "ucf101-h"]
 
 
 def head_of(name: str) -> str:
@@ -38,7 +42,14 @@ def test_the_papers_runs_baselines_and_ablations_are_all_there() -> None:
     sizes = {f"imagenet{kind}-{size}" for kind in ("256", "512", "256-oneblock") for size in COUNTS}
     ablations = {f"imagenet256-b-{kind}" for kind in ("norope", "rope1d", "noisycontext")}
     assert set(LARGE) == sizes | ablations | {"imagenet256-h-long"}
-    assert set(shipped_recipes()) - set(LARGE) >= {"digits", "mnist", "cifar10"}
+    assert set(shipped_recipes()) - set(LARGE) >= {
+        "digits",
+        "mnist",
+        "cifar10",
+        "moving-digits",
+        "moving-mnist",
+        *VIDEO,
+    }
 
 
 @pytest.mark.parametrize("name", shipped_recipes())
@@ -51,7 +62,7 @@ def test_a_recipe_is_read_whole_and_its_head_starts_it(name: str) -> None:
     if name == "digits":
         assert command == ["acdit", "demo"]
         return
-    launcher = "torchrun --nproc-per-node 8 -m acdit.cli" if name in LARGE else "acdit"
+    launcher = "torchrun --nproc-per-node 8 -m acdit.cli" if name in (*LARGE, *VIDEO) else "acdit"
     assert command[: len(launcher.split())] == launcher.split()
     verb, started, *rest = command[len(launcher.split()) :]
     assert (verb, started, rest[-2:]) == ("train", name, ["--output", f"runs/{name}"])
@@ -86,11 +97,34 @@ def test_an_imagenet_recipe_is_the_papers(name: str) -> None:
     assert (recipe.data.kind, recipe.codec.kind, recipe.codec.scaling_factor) == ("latents", "vae", 0.18215)
 
 
-@pytest.mark.parametrize("name", LARGE)
+@pytest.mark.parametrize("size", VIDEO_COUNTS)
+def test_a_ucf101_recipe_is_the_papers(size: str) -> None:
+    recipe = load_recipe(f"ucf101-{size}")
+    model = model_of(recipe)
+    assert sum(parameter.numel() for parameter in model.parameters()) == VIDEO_COUNTS[size]
+    layout = model.layout
+    assert (layout.grid, layout.num_tokens, layout.num_blocks) == ((16, 32, 32), 4096, 4)
+    assert (layout.block_tokens, layout.block_grid) == (1024, (4, 1, 1))  # whole frames
+    assert layout.token_dim(recipe.model.in_channels) == 16
+    optim = recipe.optim
+    assert (optim.batch_size, optim.lr, optim.weight_decay, optim.schedule) == (96, 3e-4, 0.0, "wsd")
+    assert (optim.decay_fraction, recipe.ema.decays, recipe.train.steps) == (0.15, [0.9999], 400_000)
+    assert recipe.corruption == load_recipe("imagenet256-xl").corruption
+    assert (recipe.sampling.num_inference_steps, recipe.sampling.guidance_scale) == (25, 2.5)
+    data = recipe.data
+    assert (data.kind, data.frames, data.frame_stride, data.size, data.channels) == ("clips", 16, 1, 256, 3)
+    assert (recipe.codec.kind, recipe.codec.scaling_factor) == ("vae", 0.18215)
+    head = head_of(f"ucf101-{size}")
+    assert f"FVD {FVD[size]} " in head
+    assert "the paper's figure, not measured here" in head
+
+
+@pytest.mark.parametrize("name", [*LARGE, *VIDEO])
 def test_it_fits_eight_cards_of_80_gb_by_the_closed_form(name: str) -> None:
     recipe = load_recipe(name)
+    micro_batch = recipe.optim.batch_size // 8 // recipe.optim.accumulation
     plan = costs.training_memory(
-        architecture(recipe.model), 1024 // 8 // recipe.optim.accumulation, recipe.corruption.copies, devices=8,
+        architecture(recipe.model), micro_batch, recipe.corruption.copies, devices=8,
         checkpointing=recipe.train.gradient_checkpointing, precision=recipe.train.precision,
         accumulation=recipe.optim.accumulation,
     )  # fmt: skip
@@ -122,7 +156,13 @@ def test_an_ablation_changes_what_it_is_named_after_and_its_length() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "tokens", "blocks", "parameters"), [("mnist", 196, 4, 724_868), ("cifar10", 256, 4, 726_412)]
+    ("name", "tokens", "blocks", "parameters"),
+    [
+        ("mnist", 196, 4, 724_868),
+        ("cifar10", 256, 4, 726_412),
+        ("moving-digits", 512, 4, 330_120),
+        ("moving-mnist", 1280, 5, 9_769_280),
+    ],
 )
 def test_the_small_recipes_are_of_the_size_they_say(name: str, tokens: int, blocks: int, parameters: int) -> None:
     model = model_of(load_recipe(name))

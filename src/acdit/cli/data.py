@@ -27,7 +27,8 @@ def _data(options: argparse.Namespace) -> None:
     from acdit.data.summary import summarize
 
     found = summarize(build_dataset(recipe.data), None if options.all else options.samples)
-    channels, height, width = found.shape
+    clips = len(found.shape) == 4
+    axes = ("channels", *(["frames"] if clips else []), "height", "width")
     names = ", ".join(found.class_names[:8]) + (", …" if len(found.class_names) > 8 else "")
     lines = [
         ("samples", "unknown: a stream" if found.samples is None else f"{found.samples:,}"),
@@ -35,7 +36,7 @@ def _data(options: argparse.Namespace) -> None:
     ]
     if found.class_sizes is not None:
         lines.append(("samples a class", "{:,} … {:,}".format(*found.class_sizes)))
-    lines.append(("sample", f"{channels} × {height} × {width} (channels × height × width)"))
+    lines.append(("sample", f"{' × '.join(map(str, found.shape))} ({' × '.join(axes)})"))
     if found.stored is not None:
         smallest, largest = ("{} × {}".format(*size) for size in found.stored)
         lines.append(("stored as", smallest if smallest == largest else f"{smallest} … {largest}"))
@@ -53,7 +54,7 @@ def _data(options: argparse.Namespace) -> None:
     if len(found.bad_files) > recipe.data.max_bad_files:
         name, reason = next(iter(found.bad_files.items()))
         raise DataError(
-            name, found=f"a bad picture ({reason}), the first of {len(found.bad_files)}",
+            name, found=f"a bad {'clip' if clips else 'picture'} ({reason}), the first of {len(found.bad_files)}",
             expected=f"at most {recipe.data.max_bad_files} (data.max_bad_files)",
             fix="repair or remove the file, or raise data.max_bad_files to skip some",
         )  # fmt: skip

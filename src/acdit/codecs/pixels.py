@@ -7,13 +7,13 @@ from torch import Tensor
 
 
 def flip_pictures(pictures: Tensor, flipped: Tensor) -> Tensor:
-    """Mirror some pictures left to right.
+    """Mirror some pictures, or whole clips, left to right.
 
     Args:
-        pictures: (B, C, H, W).
+        pictures: (B, C, [T,] H, W).
         flipped: (B,) booleans.
     """
-    return torch.where(flipped[:, None, None, None], pictures.flip(-1), pictures)
+    return torch.where(flipped.view(-1, *[1] * (pictures.ndim - 1)), pictures.flip(-1), pictures)
 
 
 class PixelCodec:

@@ -49,9 +49,18 @@ class VAECodec:
             )  # fmt: skip
         return latent_channels(self.vae), height // factor, width // factor
 
+    def model_shape(self, data_shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the latents of a picture (C, H, W) or a clip (C, T, H, W): (c, [T,] h, w).
+
+        Raises:
+            ConfigError: as `latent_shape`.
+        """
+        channels, height, width = self.latent_shape(*data_shape[-2:])
+        return channels, *data_shape[1:-2], height, width
+
     def noise_shape(self, data_shape: tuple[int, ...]) -> tuple[int, ...] | None:
-        """Shape of the noise that `encode` wants for one picture (C, H, W); None: none."""
-        return self.latent_shape(*data_shape[-2:]) if self.posterior == "sample" else None
+        """Shape of the noise that `encode` wants for one picture (C, H, W) or clip (C, T, H, W); None: none."""
+        return self.model_shape(data_shape) if self.posterior == "sample" else None
 
     flip = staticmethod(flip_pictures)
 

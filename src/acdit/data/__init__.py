@@ -1,19 +1,23 @@
-"""Data sets: maps from index to (uint8 picture or cached latents, class), and streams of pictures."""
+"""Data sets: maps from index to (uint8 picture or clip, or cached latents, class), and streams of pictures."""
 
+from acdit.data.clips import ClipsDataset
 from acdit.data.digits import DigitsDataset
 from acdit.data.hf import HFDataset
 from acdit.data.idx import IdxDataset
 from acdit.data.images import ImagesDataset
 from acdit.data.latents import LatentsDataset
+from acdit.data.moving import MovingDigitsDataset
 from acdit.data.shards import ShardsDataset
 from acdit.data.stream import StreamDataset
 
 __all__ = [
+    "ClipsDataset",
     "DigitsDataset",
     "HFDataset",
     "IdxDataset",
     "ImagesDataset",
     "LatentsDataset",
+    "MovingDigitsDataset",
     "ShardsDataset",
     "StreamDataset",
 ]

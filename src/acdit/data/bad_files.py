@@ -19,10 +19,11 @@ class BadFiles:
     Args:
         limit: how many files may be bad (data.max_bad_files).
         known: files met before, with their reasons.
+        what: they hold, for messages.
     """
 
-    def __init__(self, limit: int, known: Mapping[str, str] | None = None) -> None:
-        self.limit = limit
+    def __init__(self, limit: int, known: Mapping[str, str] | None = None, what: str = "picture") -> None:
+        self.limit, self.what = limit, what
         self.reasons: dict[str, str] = dict(known or {})
         """Name → reason, in the order they were met."""
 
@@ -44,11 +45,11 @@ class BadFiles:
         if len(self.reasons) > self.limit:
             raise DataError(
                 name,
-                found=f"a bad picture ({reason}), number {len(self.reasons)} of this run",
+                found=f"a bad {self.what} ({reason}), number {len(self.reasons)} of this run",
                 expected=f"at most {self.limit} bad files (data.max_bad_files)",
                 fix="repair or remove the file, or raise data.max_bad_files to skip some",
             )
-        logger.warning("skipped bad picture %s (%s), %d so far", name, reason, len(self.reasons))
+        logger.warning("skipped bad %s %s (%s), %d so far", self.what, name, reason, len(self.reasons))
 
     def since(self, count: int) -> dict[str, str]:
         """What was met after the first `count` files."""

@@ -9,31 +9,41 @@ from typing import Protocol
 from torch import Tensor
 
 from acdit.data.classes import read_class_list
+from acdit.data.clips import ClipsDataset
 from acdit.data.digits import DigitsDataset
+from acdit.data.frame_choice import FrameChoice
 from acdit.data.hf import HFDataset
 from acdit.data.idx import IdxDataset
 from acdit.data.images import ImagesDataset
 from acdit.data.latents import LatentsDataset
+from acdit.data.moving import moving_digits, moving_idx
 from acdit.data.shards import ShardsDataset
 from acdit.data.stream import StreamDataset
 from acdit.errors import ConfigError
 from acdit.recipe import DataRecipe
 
-KINDS = ("digits", "images", "idx", "webdataset", "hf", "latents")
+KINDS = ("digits", "images", "idx", "webdataset", "hf", "latents", "clips", "moving_digits", "moving_idx")
 # Settings that only some kinds have a use for: elsewhere they must keep their default.
 _ONLY_FOR = {
-    "max_bad_files": ("images", "webdataset", "hf"),
-    "crop": ("images", "idx", "webdataset", "hf"),
-    "classes": ("images", "idx", "webdataset", "hf"),
+    "max_bad_files": ("images", "webdataset", "hf", "clips"),
+    "crop": ("images", "idx", "webdataset", "hf", "clips"),
+    "classes": ("images", "idx", "webdataset", "hf", "clips", "moving_idx"),
     "image_column": ("hf",),
     "label_column": ("webdataset", "hf"),
     "streaming": ("hf",),
     "shuffle_buffer": ("hf",),
+    "frames": ("clips", "moving_digits", "moving_idx"),
+    "frame_stride": ("clips",),
+    "fps": ("clips",),
+    "start": ("clips",),
+    "short_clips": ("clips",),
+    "split_file": ("clips",),
+    "digits_per_clip": ("moving_idx",),
 }
 
 
 class Dataset(Protocol):
-    """What the trainer reads: a map from index to (uint8 (C, H, W), class).
+    """What the trainer reads: a map from index to (uint8 (C, H, W), or (C, T, H, W) of clips, class).
 
     Of cached latents the items are those of `LatentsDataset`. A `StreamDataset` has no length and no index; `length`
     tells them apart.
@@ -43,8 +53,8 @@ class Dataset(Protocol):
     class_names: list[str]
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of every picture, or (C, h, w) of every latent."""
+    def shape(self) -> tuple[int, ...]:
+        """(C, H, W) of every picture, (C, T, H, W) of every clip, or (C, h, w) of every latent."""
         ...
 
     def __len__(self) -> int: ...
@@ -102,26 +112,22 @@ def build_dataset(recipe: DataRecipe, posterior: str = "mode") -> Dataset | Stre
         )  # fmt: skip
     if recipe.crop == "random" and recipe.size is None:
         raise ConfigError("data.crop", found="random, without data.size", expected="a size to crop to")
-    if recipe.kind == "digits":
-        for name, value, allowed in (
-            ("root", recipe.root, (None,)),
-            ("size", recipe.size, (None, 8)),
-            ("channels", recipe.channels, (1,)),
-        ):
-            if value not in allowed:
-                raise ConfigError(
-                    f"data.{name}", found=repr(value), expected=f"{allowed[-1]}: the built-in digits are 8×8 and gray"
-                )
-        return DigitsDataset(recipe.split)
+    if recipe.kind in ("digits", "moving_digits"):
+        return _build_digits(recipe)
     if recipe.root is None:
         raise ConfigError(
-            "data.root", found="nothing", expected=f"where the {recipe.kind} lie", fix="add data.root=/path/to/data"
-        )
+            "data.root", found="nothing", expected=f"where the {recipe.kind.removeprefix('moving_')} lie",
+            fix="add data.root=/path/to/data",
+        )  # fmt: skip
     if recipe.kind == "latents":
         return _build_latents(recipe, posterior)
     classes = None if recipe.classes is None else read_class_list(recipe.classes)
     if recipe.kind == "idx":
         return IdxDataset(recipe.root, recipe.split, recipe.channels, recipe.size, classes)
+    if recipe.kind == "moving_idx":
+        canvas = 64 if recipe.size is None else recipe.size
+        moving = (recipe.frames, canvas, recipe.digits_per_clip, recipe.channels, classes)
+        return moving_idx(recipe.root, recipe.split, *moving)
     files = (recipe.root, recipe.split, recipe.channels, recipe.size, recipe.max_bad_files)
     if recipe.kind == "hf":
         columns = (recipe.image_column, recipe.label_column, classes)
@@ -130,7 +136,24 @@ def build_dataset(recipe: DataRecipe, posterior: str = "mode") -> Dataset | Stre
         return HFDataset(*files, *columns)
     if recipe.kind == "webdataset":
         return ShardsDataset(*files, recipe.label_column, classes)
+    if recipe.kind == "clips":
+        choice = FrameChoice(recipe.frames, recipe.frame_stride, recipe.fps, recipe.start, recipe.short_clips)
+        return ClipsDataset(*files, classes, choice, recipe.split_file)
     return ImagesDataset(*files, classes)
+
+
+def _build_digits(recipe: DataRecipe) -> Dataset:
+    """The built-in digits, still or moving."""
+    moving = recipe.kind == "moving_digits"
+    found = {"root": recipe.root, "channels": recipe.channels, **({} if moving else {"size": recipe.size})}
+    for name, allowed in (("root", (None,)), ("size", (None, 8)), ("channels", (1,))):
+        if name in found and found[name] not in allowed:
+            raise ConfigError(
+                f"data.{name}", found=repr(found[name]), expected=f"{allowed[-1]}: the built-in digits are 8×8 and gray"
+            )
+    if moving:
+        return moving_digits(recipe.split, recipe.frames, 16 if recipe.size is None else recipe.size)
+    return DigitsDataset(recipe.split)
 
 
 def _build_latents(recipe: DataRecipe, posterior: str) -> LatentsDataset:

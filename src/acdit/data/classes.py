@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,8 @@ from acdit.errors import DataError
 MAX_CLASSES = 2**20
 """Labels count classes: one wrong number must not make a list of a thousand million names."""
 EXPECTED = (
-    'a text file with one class a line, or JSON: a list of names, {"0": name, …}, or {"0": [folder, name], …} as '
-    "ImageNet's class index"
+    "a text file with one class a line (all numbered from 1, as UCF-101's classInd.txt, or none), or JSON: a list of "
+    'names, {"0": name, …}, or {"0": [folder, name], …} as ImageNet\'s class index'
 )
 
 
@@ -119,7 +120,11 @@ def numbered(count: int, classes: ClassList | None, where: str) -> list[str]:
 
 
 def _from_lines(text: str) -> list[tuple[str, str]]:
-    return [(line.strip(), line.strip()) for line in text.rstrip().splitlines()]
+    names = [line.strip() for line in text.rstrip().splitlines()]
+    numbered = [re.fullmatch(r"(\d+)\s+(\S.*)", name) for name in names]
+    if all(match is not None and int(match[1]) == number for number, match in enumerate(numbered, start=1)):
+        names = [match[2] for match in numbered if match is not None]
+    return [(name, name) for name in names]
 
 
 def _from_json(path: Path, value: object) -> list[tuple[str, str]]:

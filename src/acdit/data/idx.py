@@ -62,6 +62,32 @@ def read_idx(path: Path, ndim: int) -> np.ndarray:
     return np.frombuffer(data, dtype=np.uint8).reshape(shape)
 
 
+def read_labelled(root: str | Path, split: str) -> tuple[np.ndarray, np.ndarray, str]:
+    """Pictures and labels of a folder of idx files named as MNIST's.
+
+    Args:
+        root: folder with <prefix>-images-idx3-ubyte and <prefix>-labels-idx1-ubyte, or both with .gz.
+        split: "train" (prefix train) or "test" (prefix t10k).
+
+    Returns:
+        uint8 (M, H, W); uint8 (M,); how messages name the labels' file.
+
+    Raises:
+        ConfigError: an unknown split.
+        DataError: missing or malformed files, or counts that differ.
+    """
+    if split not in PREFIXES:
+        raise ConfigError("data.split", found=repr(split), expected=f"one of {tuple(PREFIXES)} for idx files")
+    images_path = _find(Path(root), f"{PREFIXES[split]}-images-idx3-ubyte")
+    labels_path = _find(Path(root), f"{PREFIXES[split]}-labels-idx1-ubyte")
+    images, labels = read_idx(images_path, 3), read_idx(labels_path, 1)
+    if len(images) != len(labels):
+        raise DataError(
+            str(labels_path), found=f"{len(labels)} labels", expected=f"{len(images)}, as many as {images_path} has"
+        )
+    return images, labels, str(labels_path)
+
+
 class IdxDataset:
     """Gray pictures and labels from a folder of idx files named as MNIST's.
 
@@ -85,21 +111,13 @@ class IdxDataset:
         size: int | Sequence[int] | None = None,
         classes: ClassList | None = None,
     ) -> None:
-        if split not in PREFIXES:
-            raise ConfigError("data.split", found=repr(split), expected=f"one of {tuple(PREFIXES)} for idx files")
         require_channels(channels)
-        images_path = _find(Path(root), f"{PREFIXES[split]}-images-idx3-ubyte")
-        labels_path = _find(Path(root), f"{PREFIXES[split]}-labels-idx1-ubyte")
-        images, labels = read_idx(images_path, 3), read_idx(labels_path, 1)
-        if len(images) != len(labels):
-            raise DataError(
-                str(labels_path), found=f"{len(labels)} labels", expected=f"{len(images)}, as many as {images_path} has"
-            )
+        images, labels, where = read_labelled(root, split)
         self._images = images
         self.labels = torch.from_numpy(labels.astype(np.int64))
         """(M,) int64."""
         self._size = height_width(size)
-        self.class_names = numbered(int(labels.max()) + 1, classes, str(labels_path))
+        self.class_names = numbered(int(labels.max()) + 1, classes, where)
         self.num_classes = len(self.class_names)
         self.shape = (channels, *(self._size or images.shape[1:]))
 

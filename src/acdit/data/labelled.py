@@ -1,9 +1,10 @@
-"""Pictures of classes that lie in files and are decoded when asked for: what folders, zips, tars and tables share."""
+"""Pictures and clips of classes that lie in files and are decoded when asked for: what all such data sets share."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -13,17 +14,18 @@ from acdit.data.picture import BadPicture, decode_picture, header_size, height_w
 from acdit.errors import DataError
 
 
-class LabelledPictures(ABC):
-    """A map from index to (uint8 picture, class).
+class LabelledFiles(ABC):
+    """A map from index to (uint8 tensor, class).
 
     A file that cannot be decoded is named in a warning and counted; its place is taken by the next good file of its
-    class (after the last comes the first), so which picture stands at an index follows from the files alone, never from
-    the order of reading.
+    class (after the last comes the first), so what stands at an index follows from the files alone (of clips: and from
+    the frames that are wanted), never from the order of reading.
 
     Args:
         channels: 1 (luma) or 3 (RGB).
-        size: edge in pixels after resize and crop, or (H, W); None: all pictures have the size of the first.
+        size: edge in pixels after resize and crop, or (H, W); None: all have the size of the first.
         max_bad_files: how many files may be bad.
+        what: the files hold, for messages.
 
     Raises:
         ConfigError: channels other than 1 or 3, a size below 1.
@@ -31,12 +33,12 @@ class LabelledPictures(ABC):
 
     class_names: list[str]
 
-    def __init__(self, channels: int, size: int | Sequence[int] | None, max_bad_files: int) -> None:
+    def __init__(self, channels: int, size: int | Sequence[int] | None, max_bad_files: int, what: str) -> None:
         require_channels(channels)
         self._channels, self._size = channels, height_width(size)
-        self._shape = None if self._size is None else (channels, *self._size)
-        self.bad_files = BadFiles(max_bad_files)
+        self.bad_files = BadFiles(max_bad_files, what=what)
         """Bad files met so far in this process."""
+        self._known_shape: tuple[int, ...] | None = None
 
     @abstractmethod
     def describe(self, index: int) -> str:
@@ -50,8 +52,12 @@ class LabelledPictures(ABC):
         """
 
     @abstractmethod
-    def _read(self, index: int) -> bytes:
-        """The file's bytes; raises `BadPicture` where there are none."""
+    def stored_size(self, index: int) -> tuple[int, int] | None:
+        """(H, W) as the file's header declares it, before turning, resize and crop; None where the file is bad."""
+
+    @abstractmethod
+    def _decode(self, index: int, place: Any) -> Tensor:
+        """The tensor of one file; `place` says which part of it. Raises `BadPicture` where there is none."""
 
     def _describe_class(self, index: int) -> str:
         return f"class {self.class_names[self.labels[index]]!r}, the one of {self.describe(index)}"
@@ -68,47 +74,84 @@ class LabelledPictures(ABC):
         self._starts = np.searchsorted(self.labels[self._by_class], np.arange(self.num_classes + 1))
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """(C, H, W); without `size` the first picture says it."""
-        if self._shape is None:
-            first, _ = self._picture(0, None)
-            self._shape = (first.shape[0], first.shape[1], first.shape[2])
-        return self._shape
+    def shape(self) -> tuple[int, ...]:
+        """Of every tensor: (C, [T,] H, W); without `size` the first says it."""
+        if self._known_shape is None:
+            self._known_shape = tuple(self._first_good(0, None)[0].shape)
+        return self._known_shape
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """(C, H, W) uint8 and the class index; cropped in the centre.
+        """The uint8 tensor and the class index; cropped in the centre.
 
         Raises:
-            DataError: more bad files than allowed, or a picture of another size where no `size` is given.
+            DataError: more bad files than allowed, or one of another size where no `size` is given.
         """
-        return self.cropped(index, None)
+        return self._sample(index, None)
 
-    def cropped(self, index: int, place: Sequence[float] | None) -> tuple[Tensor, int]:
-        """As `[index]`, cropped where the draws `place` say (see `random_crop`)."""
+    def _sample(self, index: int, place: Any) -> tuple[Tensor, int]:
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         index %= len(self)
         shape = self.shape
-        picture, name = self._picture(index, place)
-        if tuple(picture.shape) != shape:
+        tensor, name = self._first_good(index, place)
+        if tuple(tensor.shape) != shape:
             raise DataError(
                 name,
-                found=f"{picture.shape[2]}×{picture.shape[1]} pixels",
-                expected=f"{shape[2]}×{shape[1]}, as in the first picture",
-                fix="set data.size to resize and crop all pictures to one size",
+                found=f"{tensor.shape[-1]}×{tensor.shape[-2]} pixels",
+                expected=f"{shape[-1]}×{shape[-2]}, as in the first {self.bad_files.what}",
+                fix=f"set data.size to resize and crop all {self.bad_files.what}s to one size",
             )
-        return picture, int(self.labels[index])
+        return tensor, int(self.labels[index])
 
     def file_at(self, index: int) -> str:
-        """How messages name the file whose picture stands at an index: another of its class where its own is bad.
+        """How messages name the file that stands at an index: another of its class where its own is bad.
 
         Raises:
             DataError: more bad files than allowed.
         """
-        return self._picture(index % len(self), None)[1]
+        return self._first_good(index % len(self), None)[1]
+
+    def _first_good(self, index: int, place: Any) -> tuple[Tensor, str]:
+        for mate in self._class_mates(index):
+            name = self.describe(mate)
+            if self._skips(name):
+                continue
+            try:
+                return self._decode(mate, place), name
+            except BadPicture as error:
+                self.bad_files.add(name, str(error))
+        what = self.bad_files.what
+        raise DataError(self._describe_class(index), found=f"no readable {what} in this class", expected="at least one")
+
+    def _skips(self, name: str) -> bool:
+        """Whether a file is known to be bad, whatever part of it is wanted."""
+        return name in self.bad_files
+
+    def _class_mates(self, index: int) -> Iterator[int]:
+        """The index, then the others of its class from there on, once around."""
+        label = self.labels[index]
+        start, stop = int(self._starts[label]), int(self._starts[label + 1])
+        for step in range(stop - start):
+            yield int(self._by_class[start + (int(self._rank[index]) - start + step) % (stop - start)])
+
+
+class LabelledPictures(LabelledFiles):
+    """A map from index to (uint8 picture (C, H, W), class); see `LabelledFiles`."""
+
+    def __init__(self, channels: int, size: int | Sequence[int] | None, max_bad_files: int) -> None:
+        super().__init__(channels, size, max_bad_files, "picture")
+        self._known_shape = None if self._size is None else (channels, *self._size)
+
+    @abstractmethod
+    def _read(self, index: int) -> bytes:
+        """The file's bytes; raises `BadPicture` where there are none."""
+
+    def cropped(self, index: int, place: Sequence[float] | None) -> tuple[Tensor, int]:
+        """As `[index]`, cropped where the draws `place` say (see `random_crop`)."""
+        return self._sample(index, place)
 
     def stored_size(self, index: int) -> tuple[int, int] | None:
         """(H, W) as it lies in the file, before EXIF, resize and crop; None where the file is bad."""
@@ -117,20 +160,5 @@ class LabelledPictures(ABC):
         except BadPicture:
             return None
 
-    def _picture(self, index: int, place: Sequence[float] | None) -> tuple[Tensor, str]:
-        for mate in self._class_mates(index):
-            name = self.describe(mate)
-            if name in self.bad_files:
-                continue
-            try:
-                return decode_picture(self._read(mate), self._channels, self._size, place), name
-            except BadPicture as error:
-                self.bad_files.add(name, str(error))
-        raise DataError(self._describe_class(index), found="no readable picture in this class", expected="at least one")
-
-    def _class_mates(self, index: int) -> Iterator[int]:
-        """The index, then the others of its class from there on, once around."""
-        label = self.labels[index]
-        start, stop = int(self._starts[label]), int(self._starts[label + 1])
-        for step in range(stop - start):
-            yield int(self._by_class[start + (int(self._rank[index]) - start + step) % (stop - start)])
+    def _decode(self, index: int, place: Sequence[float] | None) -> Tensor:
+        return decode_picture(self._read(index), self._channels, self._size, place)

@@ -94,19 +94,37 @@ def decode_picture(
             raise BadPicture(f"the header declares {picture.width}×{picture.height} pixels, more than {MAX_PIXELS}")
         _require_small_tiles(picture)
         if wanted is not None:
-            _require_no_strip(*picture.size, wanted)
+            require_no_strip(*picture.size, wanted)
         picture.load()
         upright = _UPRIGHT.get(_orientation(picture))
-        picture = _eight_bits(picture).convert(_MODES[channels])
+        picture = _eight_bits(picture)
         if upright is not None:
             picture = picture.transpose(upright)
-        if wanted is None:
-            return _as_tensor(picture)
-        return _as_tensor(resize_and_crop(picture, wanted) if place is None else random_crop(picture, wanted, place))
+        return fitted(picture, channels, wanted, place)
     except BadPicture:
         raise
     except Exception as error:  # decoders of damaged files raise OSError, SyntaxError, struct.error, MemoryError, …
         raise BadPicture(f"{type(error).__name__}: {error}") from error
+
+
+def fitted(
+    picture: Image.Image, channels: int, size: tuple[int, int] | None, place: Sequence[float] | None = None
+) -> Tensor:
+    """Convert, resize and crop a picture, or a frame of a clip, whose header was judged.
+
+    Args:
+        picture: upright, 8 bits a value.
+        channels: 1 or 3.
+        size: (H, W); None keeps the picture's own.
+        place: draws of a random crop (see `random_crop`); None crops the centre.
+
+    Returns:
+        uint8 (C, H, W).
+    """
+    picture = picture.convert(_MODES[channels])
+    if size is not None:
+        picture = resize_and_crop(picture, size) if place is None else random_crop(picture, size, place)
+    return _as_tensor(picture)
 
 
 def header_size(data: bytes) -> tuple[int, int]:
@@ -170,7 +188,12 @@ def _require_small_tiles(picture: Image.Image) -> None:
             raise BadPicture(f"a tile of {width}×{height} pixels, more than {MAX_PIXELS}")
 
 
-def _require_no_strip(width: int, height: int, wanted: tuple[int, int]) -> None:
+def require_no_strip(width: int, height: int, wanted: tuple[int, int]) -> None:
+    """Refuse what scaling would blow up.
+
+    Raises:
+        BadPicture: more than `MAX_PIXELS` once `wanted` (H, W) is covered.
+    """
     # A strip of 1×1,000,000 pixels passes the first test and would be scaled up to size × 1,000,000·size. EXIF may
     # exchange width and height: the wider of both readings counts.
     scale = max(wanted) / min(width, height)

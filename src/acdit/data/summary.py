@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from acdit.data.build import Dataset, length
-from acdit.data.labelled import LabelledPictures
+from acdit.data.labelled import LabelledFiles
 from acdit.data.latents import LatentsDataset
 from acdit.data.stream import StreamDataset
 
@@ -21,18 +21,18 @@ class Summary:
 
     samples: int | None
     """None: a stream."""
-    shape: tuple[int, int, int]
-    """(C, H, W) of every sample, after resize and crop."""
+    shape: tuple[int, ...]
+    """(C, [T,] H, W) of every sample, after resize and crop."""
     class_names: list[str]
     class_sizes: tuple[int, int] | None
     """Samples of the smallest and the largest class; None where only reading everything would tell."""
     looked_at: int
     """How many samples the figures below are of."""
     mean: list[float]
-    """Per channel; pictures count from 0 to 1, latents as they are in model space."""
+    """Per channel; pixels count from 0 to 1, latents as they are in model space."""
     std: list[float]
     stored: tuple[tuple[int, int], tuple[int, int]] | None
-    """(H, W) of the smallest and the largest picture as it lies in its file, by area."""
+    """(H, W) of the smallest and the largest picture or frame as it lies in its file, by area."""
     bad_files: dict[str, str] = field(default_factory=dict)
     """Bad files among those looked at, with reasons, in the order of the data set."""
 
@@ -67,7 +67,7 @@ def summarize(dataset: Dataset | StreamDataset, at_most: int | None = 1000) -> S
         if not pixels:
             total = squares = values.new_zeros(len(values))
         total, squares, pixels = total + values.sum(1), squares + values.square().sum(1), pixels + values.shape[1]
-        if isinstance(dataset, LabelledPictures) and (size := dataset.stored_size(index)) is not None:
+        if isinstance(dataset, LabelledFiles) and (size := dataset.stored_size(index)) is not None:
             edges.append(size)
     mean = total / pixels
     counts = _class_counts(dataset)

@@ -20,6 +20,7 @@ from acdit import draws
 from acdit.codecs import VAECodec
 from acdit.data.bad_files import BadFiles
 from acdit.data.build import Dataset, length
+from acdit.data.clips import ClipsDataset
 from acdit.data.picture import CROP_DRAWS
 from acdit.data.stream import StreamDataset
 from acdit.errors import AcditError, DataError
@@ -99,7 +100,8 @@ class Batches:
         # Without a group the positions of several processes can be looked at in one: nobody else has to agree.
         self._peers = Processes(rank, world_size) if torch.distributed.is_initialized() else Processes()
         own = getattr(built.dataset, "bad_files", None)
-        self.bad_files = BadFiles(built.recipe.data.max_bad_files, own.reasons if own is not None else None)
+        known = (own.reasons, own.what) if own is not None else ()
+        self.bad_files = BadFiles(built.recipe.data.max_bad_files, *known)
         """What all loader workers of all processes have met, up to the step that was handed out last."""
 
     def __iter__(self) -> Iterator[list[Batch]]:
@@ -117,7 +119,7 @@ class Batches:
             step += 1
 
     def _wanted(self) -> Iterator[list[_Place]]:
-        """Index of every sample and where to crop it, a list per micro-batch."""
+        """Every sample's index, where to crop it and where its clip begins, a list per micro-batch."""
         recipe, step = self.built.recipe, self.first_step
         while True:
             for positions in self.positions:
@@ -125,11 +127,14 @@ class Batches:
                 indices = list(range(start, start + len(positions)))
                 if self.order is not None:
                     indices = self.order.indices(start, len(positions)).tolist()
+                key: dict[str, Any] = {"seed": recipe.seed, "step": step, "samples": positions}
                 crops: list[list[float] | None] = [None] * len(indices)
                 if recipe.data.crop == "random":
-                    key: dict[str, Any] = {"seed": recipe.seed, "step": step, "samples": positions}
                     crops = draws.uniform((CROP_DRAWS,), stream="crop", **key).tolist()
-                yield list(zip(indices, crops, strict=True))
+                starts: list[float | None] = [None] * len(indices)
+                if recipe.data.kind == "clips" and recipe.data.start == "random":
+                    starts = draws.uniform((), stream="start", **key).tolist()
+                yield [_Place(*found) for found in zip(indices, crops, starts, strict=True)]
             step += 1
 
     def _from_memory(self) -> Iterator[_Loaded]:
@@ -137,7 +142,7 @@ class Batches:
         dataset: Any = self.built.dataset
         labels = torch.as_tensor(dataset.labels)
         for wanted in self._wanted():
-            indices = [index for index, _ in wanted]
+            indices = [place.sample for place in wanted]
             yield _Loaded(dataset.images[indices], labels[indices])
 
     def _from_files(self) -> Iterator[_Loaded]:
@@ -227,8 +232,14 @@ class Batches:
         return corruption.corrupt(clean, noise.to(self.device), timestep)
 
 
-_Place = tuple[int, Sequence[float] | None]
-"""Index of a sample, and the draws of its random crop."""
+@dataclass(frozen=True)
+class _Place:
+    """Which sample, and the draws of what is random about it."""
+
+    sample: int
+    crop: Sequence[float] | None
+    start: float | None
+    """Of a clip: where in its file it begins."""
 
 
 @dataclass
@@ -255,9 +266,9 @@ class _Indexed(torch.utils.data.Dataset[_Loaded]):
         loaded = _Loaded()
         try:
             if isinstance(self.dataset, StreamDataset):
-                samples = self.dataset.samples(wanted)
+                samples = self.dataset.samples([(place.sample, place.crop) for place in wanted])
             else:
-                samples = [self._sample(*place) for place in wanted]
+                samples = [self._sample(place) for place in wanted]
             loaded.pictures = torch.stack([picture for picture, _ in samples])
             loaded.labels = torch.tensor([label for _, label in samples])
         except AcditError as error:
@@ -266,8 +277,13 @@ class _Indexed(torch.utils.data.Dataset[_Loaded]):
         self._reported = len(self._bad_files)
         return loaded
 
-    def _sample(self, index: int, crop: Sequence[float] | None) -> tuple[Tensor, int]:
-        sample: tuple[Tensor, int] = self.dataset[index] if crop is None else self.dataset.cropped(index, crop)
+    def _sample(self, place: _Place) -> tuple[Tensor, int]:
+        sample: tuple[Tensor, int]
+        if isinstance(self.dataset, ClipsDataset):
+            sample = self.dataset.placed(place.sample, place.crop, place.start)
+        else:
+            index, crop = place.sample, place.crop
+            sample = self.dataset[index] if crop is None else self.dataset.cropped(index, crop)
         return sample
 
     def __len__(self) -> int:

@@ -126,14 +126,15 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
 
 
 def _check_data(
-    recipe: Recipe, dataset: Dataset | StreamDataset, shape: tuple[int, int, int], model: ACDiTTransformer
+    recipe: Recipe, dataset: Dataset | StreamDataset, shape: tuple[int, ...], model: ACDiTTransformer
 ) -> None:
     channels, *cells = shape
-    what = "latents" if recipe.codec.kind == "vae" else "pictures"
+    clips = len(cells) == 3
+    what = "latents" if recipe.codec.kind == "vae" else "clips" if clips else "pictures"
     if tuple(cells) != model.layout.grid:
         raise ConfigError(
             "model.grid", found=str(list(model.layout.grid)), expected=f"{cells}, the size of the {what}",
-            fix="change model.grid, or data.size",
+            fix="change model.grid, or data.frames and data.size" if clips else "change model.grid, or data.size",
         )  # fmt: skip
     if channels != recipe.model.in_channels:
         raise ConfigError(

@@ -46,11 +46,9 @@ def build_codec(recipe: Recipe, dataset: Dataset | StreamDataset) -> tuple[Codec
     return VAECodec(vae, recipe.codec.posterior), vae
 
 
-def data_shape(dataset: Dataset | StreamDataset, codec: Codec) -> tuple[int, int, int]:
-    """(C, H, W) of a sample in model space."""
-    if isinstance(codec, VAECodec):
-        return codec.latent_shape(*dataset.shape[1:])
-    return dataset.shape
+def data_shape(dataset: Dataset | StreamDataset, codec: Codec) -> tuple[int, ...]:
+    """(C, [T,] H, W) of a sample in model space."""
+    return codec.model_shape(dataset.shape) if isinstance(codec, VAECodec) else dataset.shape
 
 
 def _require_fitting_kinds(recipe: Recipe, cached: bool) -> None:

@@ -73,7 +73,8 @@ class Report:
                 self._tensorboard.add_scalar(name, value, step)
 
     def samples(self, pipeline: ACDiTPipeline, step: int) -> None:
-        """Draw samples/step-N.png: up to 8 classes, one a column, and the loss curve so far."""
+        """Draw samples/step-N.png: up to 8 classes, one a column (of clips one a row, a frame a column), and the loss
+        curve so far."""
         if not self.active:
             return
         recipe = self.recipe
@@ -92,6 +93,8 @@ class Report:
         )
         folder = self.run / "samples"
         folder.mkdir(exist_ok=True)
+        if images.ndim == 5:  # clips, (B, T, C, H, W)
+            images, count = images.flatten(0, 1), images.shape[1]
         pictures.image_grid(images.float().cpu(), columns=count).save(folder / f"step-{step}.png")
         self.loss_curve()
 
