@@ -232,7 +232,7 @@ def _prompt(options: argparse.Namespace, pipeline: Any) -> Any:
         return None
     layout = pipeline.transformer.layout
     a_step = layout.num_blocks // layout.block_grid[0]
-    picture = options.prompt.lower().endswith(SUFFIXES)
+    picture = options.prompt.lower().endswith(SUFFIXES) and not options.prompt.lower().endswith(".gif")  # a clip
     most = None if options.stream else layout.num_blocks - a_step
     count = options.prompt_blocks or (a_step if picture else layout.num_blocks - a_step)
     if count % a_step or count < 1 or (most is not None and count > most):
