@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from acdit import pictures, provenance, storage
@@ -209,11 +210,8 @@ def write(name: str, result: dict[str, Any], work: Path, results: Path) -> None:
     result["recipe_in_full"]["data"]["root"] = Path(result["recipe_in_full"]["data"]["root"]).name  # no machine's path
     storage.write_json_atomic(results / f"{name}.json", result)
     step = result["over_training"][-1]["step"]
-    store_files = sorted((work / f"samples/{step}").glob("*.safetensors"))
-    assert store_files, "measured samples are kept"
-    from safetensors.torch import load_file
-
-    images = load_file(store_files[0])["images"]
+    first = min((work / f"samples/{step}").glob("items-*"))
+    images = torch.cat([load_file(file)["images"] for file in sorted(first.glob("*.safetensors"))])
     classes = result["recipe_in_full"]["model"]["num_classes"]
     columns = 10
     labels = torch.arange(len(images)) % classes
