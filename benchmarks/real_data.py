@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from acdit import pictures, provenance, storage
@@ -57,7 +58,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="where pictures and figures go")
     parser.add_argument("--samples-over-training", type=int, default=1000, help="drawn at each checkpoint")
     parser.add_argument("--samples", type=int, default=2500, help="drawn from the finished model")
-    parser.add_argument("--stage", choices=("data", "judge", "train", "measure", "all"), default="all")
+    parser.add_argument("--stage", choices=("data", "judge", "train", "measure", "draw", "all"), default="all")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     work: Path = options.output or Path("runs") / f"real-{options.recipe}"
@@ -74,8 +75,9 @@ def main() -> None:
     if options.stage in ("judge", "all"):
         judge(options.recipe, train_images, train_labels, held_out_images, held_out_labels, work)
     if options.stage in ("measure", "all"):
-        result = measure(recipe, work, options.samples_over_training, options.samples)
-        write(options.recipe, result, work, options.results)
+        write(options.recipe, measure(recipe, work, options.samples_over_training, options.samples), options.results)
+    if options.stage in ("measure", "draw", "all"):
+        draw(options.recipe, work, options.results)
 
 
 def split_zip(archive: Path, output: Path) -> Path:
@@ -203,24 +205,25 @@ def _kept(figures: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def write(name: str, result: dict[str, Any], work: Path, results: Path) -> None:
-    """Figures as JSON, the curves, and the first samples of each class: not chosen, only sorted."""
-    results.mkdir(parents=True, exist_ok=True)
+def write(name: str, result: dict[str, Any], results: Path) -> None:
+    """The figures as JSON."""
     result["recipe_in_full"]["data"]["root"] = Path(result["recipe_in_full"]["data"]["root"]).name  # no machine's path
+    results.mkdir(parents=True, exist_ok=True)
     storage.write_json_atomic(results / f"{name}.json", result)
-    step = result["over_training"][-1]["step"]
-    store_files = sorted((work / f"samples/{step}").glob("*.safetensors"))
-    assert store_files, "measured samples are kept"
-    from safetensors.torch import load_file
 
-    images = load_file(store_files[0])["images"]
+
+def draw(name: str, work: Path, results: Path) -> None:
+    """The curves, and the first samples of each class: not chosen, only sorted."""
+    result = json.loads((results / f"{name}.json").read_text(encoding="utf-8"))
+    step = result["over_training"][-1]["step"]
+    first = min((work / f"samples/{step}").glob("items-*"))
+    images = torch.cat([load_file(file)["images"] for file in sorted(first.glob("*.safetensors"))])
     classes = result["recipe_in_full"]["model"]["num_classes"]
     columns = 10
     labels = torch.arange(len(images)) % classes
     rows = torch.cat([images[labels == label][:columns] for label in range(classes)])
-    names = ACDiTPipeline.from_pretrained(work / f"models/{step}").labels or {}
-    by_index = {index: text for text, index in names.items()}
-    pictures.image_grid(rows, columns, row_labels=[str(by_index.get(label, label)) for label in range(classes)]).save(
+    names = ACDiTPipeline.from_pretrained(work / f"models/{step}").config.id2label or {}
+    pictures.image_grid(rows, columns, row_labels=[names.get(str(label), str(label)) for label in range(classes)]).save(
         results / f"{name}-samples.png"
     )
     _curves(name, result, work / "run" / "log.jsonl", results / f"{name}-curves.png")
