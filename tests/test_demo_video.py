@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from acdit.data.moving import moving_digits
 from PIL import Image
 
 from acdit import demo_video
+from acdit.data.moving import moving_digits
 from acdit.errors import StorageError
 from acdit.evaluation import SmallClassifier
 from acdit.recipe import load_recipe
