@@ -176,9 +176,7 @@ def test_mistakes_in_measuring(
 
 
 WRONG_SAMPLING = {
-    "format without number": (["--format", "gif"], "--num-samples"),
     "png": (["--num-samples", "2", "--png"], "--format frames"),
-    "few": (["--labels", "1"], "--num-samples N draws N clips"),
     "mp4 without PyAV": (["--num-samples", "2", "--format", "mp4"], "acdit[video]"),
 }
 

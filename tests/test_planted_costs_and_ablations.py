@@ -28,7 +28,7 @@ def every_block_at_the_first_ones_place(patch: pytest.MonkeyPatch) -> None:
 
 
 def context_left_clean(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Batches, "_context", lambda self, clean, key: clean)
+    patch.setattr(Batches, "_context", lambda self, clean, labels, key: clean)
 
 
 def attention_backward_as_cheap_as_a_linears(patch: pytest.MonkeyPatch) -> None:

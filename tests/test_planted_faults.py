@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from acdit import attention, draws, layers, rope, sampling
+from acdit import attention, cache, draws, layers, mask, rope, sampling
 from acdit.layers import ACDiTLayer, Modulation
 from acdit.layout import BlockLayout
 from acdit.mask import CLEAN, Streams
 from acdit.model import ACDiTTransformer
-from tests import test_attention, test_cache, test_draws, test_layout, test_model, test_rope, test_sampling
+from tests import test_attention, test_cache, test_draws, test_layout, test_model, test_rope, test_sampling, test_window
 from tests.corruption import test_gaussian
 
 Plant = Callable[[pytest.MonkeyPatch], None]
@@ -25,12 +25,12 @@ Plant = Callable[[pytest.MonkeyPatch], None]
 def mask_off_by_one(patch: pytest.MonkeyPatch) -> None:
     """A noisy block sees its own clean block: it could copy the answer."""
 
-    def rule(query_stream: Any, query_block: Any, key_stream: Any, key_block: Any) -> Any:
+    def rule(query_stream: Any, query_block: Any, key_stream: Any, key_block: Any, window: Any = None) -> Any:
         return ((key_stream == CLEAN) & (key_block <= query_block)) | (
             (key_stream == query_stream) & (key_block == query_block)
         )
 
-    patch.setattr(attention, "may_attend", rule)
+    patch.setattr(mask, "may_attend", rule)
 
 
 def prefix_one_block_short(patch: pytest.MonkeyPatch) -> None:
@@ -126,7 +126,43 @@ def velocity_with_the_wrong_sign(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(corruption, "target", lambda self, *args: -target(self, *args))
 
 
+def _moved_window(kind: str) -> None:
+    test_window.test_a_windowed_cache_equals_the_training_forward_long_after_the_window_moved("frames", kind)
+
+
+def window_one_block_short(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(mask.Window, "start", lambda self, block: max(0, block - self.blocks + 1))
+
+
+def ring_forgets_the_wrong_block(patch: pytest.MonkeyPatch) -> None:
+    """The newest block in sight goes instead of the oldest."""
+    advance = cache.KVCache.advance
+
+    def wrong(self: Any, tokens: int) -> None:
+        self._finished -= 1
+        advance(self, tokens)
+        self._finished += 1
+
+    patch.setattr(cache.KVCache, "advance", wrong)
+
+
+def sinks_that_never_turn(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(cache.KVCache, "turn_sinks", lambda self, turn: None)
+
+
 FAULTS: dict[str, tuple[Plant, Callable[[], None]]] = {
+    "window one block short": (
+        window_one_block_short,
+        lambda: _moved_window("window"),
+    ),
+    "ring forgets the wrong block": (
+        ring_forgets_the_wrong_block,
+        lambda: _moved_window("window"),
+    ),
+    "sinks that never turn": (
+        sinks_that_never_turn,
+        lambda: _moved_window("sliding sinks"),
+    ),
     "off-by-one mask": (
         mask_off_by_one,
         test_attention.test_the_predicate_is_the_rule_on_2000_random_layouts,

@@ -383,6 +383,12 @@ def _check(recipe: Recipe) -> None:
     for path, length in (("optim.betas", 2), ("data.size", 2)):
         if isinstance(values[path], list) and len(values[path]) != length:
             raise ConfigError(path, found=repr(values[path]), expected=f"{length} numbers")
+    if recipe.model.window is None and (recipe.model.sink_blocks or recipe.model.sink_positions != "true"):
+        raise ConfigError(
+            "model.sink_blocks, model.sink_positions",
+            found=f"{recipe.model.sink_blocks}, {recipe.model.sink_positions!r} without model.window",
+            expected="0 and 'true': without a window every block stays in sight",
+        )
     own = recipe.corruption.self_context
     if own and (recipe.corruption.context_noise or recipe.train.parallel == "fsdp2"):
         other = "corruption.context_noise" if recipe.corruption.context_noise else "train.parallel=fsdp2"
