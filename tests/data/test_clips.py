@@ -164,12 +164,11 @@ def test_a_wrong_root_is_refused(tmp_path: Path, make: Any, named: str) -> None:
         ClipsDataset(make(tmp_path))
 
 
-def test_loaders_of_any_kind_read_the_same(root: Path) -> None:
+def test_loader_workers_and_copies_read_the_same(root: Path) -> None:
     data = ClipsDataset(root, channels=1, choice=FIRST)
     whole = torch.stack([data[index][0] for index in range(3)])
-    for context in ("fork", "spawn"):
-        loader = torch.utils.data.DataLoader(data, batch_size=2, num_workers=1, multiprocessing_context=context)
-        assert torch.equal(torch.cat([clips for clips, _ in loader]), whole)
+    loader = torch.utils.data.DataLoader(data, batch_size=2, num_workers=2)
+    assert torch.equal(torch.cat([clips for clips, _ in loader]), whole)
     assert torch.equal(pickle.loads(pickle.dumps(data))[0][0], whole[0])
 
 
