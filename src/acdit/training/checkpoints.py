@@ -130,6 +130,7 @@ def _describe(
         "environment": environment(world_size),
         "recipe": recipe_to_dict(recipe),
         "class_names": built.dataset.class_names,
+        "mask_range": getattr(built.corruption, "mask_range", None),
     }
 
 
