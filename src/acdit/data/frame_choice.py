@@ -18,6 +18,14 @@ class BadClip(BadPicture):
     """This clip cannot be used; the message says why."""
 
 
+class TooShort(BadClip):
+    """Fewer frames than a clip has; `found` says how many."""
+
+    def __init__(self, found: int, needed: int, fps: float | None = None) -> None:
+        super().__init__(f"{found} frames{'' if fps is None else f' at {fps:g} a second'}, {needed} needed")
+        self.found = found
+
+
 @dataclass(frozen=True)
 class Timeline:
     """When the displayed frames of a video begin.
@@ -97,15 +105,14 @@ class FrameChoice:
             draw: uniform in [0, 1), of start="random"; None: from the centre.
 
         Raises:
-            BadClip: too few frames.
+            TooShort: too few frames.
         """
         rate = None if self.fps is None else Fraction(self.fps).limit_denominator(100_000)
         count = len(timeline)
         if rate is not None and count:
             count = max(1, round(timeline.end * timeline.tick * rate))
         if count == 0 or (count < self.span and self.short == "error"):
-            at = "" if self.fps is None else f" at {self.fps:g} a second"
-            raise BadClip(f"{count} frames{at}, {self.span} needed")
+            raise TooShort(count, self.span, self.fps)
         room = max(0, count - self.span)
         if self.start == "random" and draw is not None:
             first = int(draw * (room + 1))
