@@ -25,7 +25,8 @@ from acdit.cli import main
 from acdit.codecs import VAECodec, load_vae
 from acdit.data.images import ImagesDataset
 from acdit.data.latents import LatentsManifest, read_manifest
-from acdit.encoding import EncodeSettings, encode_dataset
+from acdit.encoding import encode_dataset
+from acdit.encoding_plan import EncodeSettings
 from acdit.errors import ConfigError, DataError, NonFiniteError, StorageError
 from tests import autoencoders
 

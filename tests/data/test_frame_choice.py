@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 from typing import Any
 
@@ -60,7 +61,17 @@ def test_too_few_frames_are_an_error_or_a_loop() -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"frames": 0}, {"stride": 0}, {"fps": 0.0}, {"start": "end"}, {"short": "repeat"}]
+    "settings",
+    [
+        {"frames": 0},
+        {"stride": 0},
+        {"fps": 0.0},
+        {"fps": 1e-6},
+        {"fps": math.nan},
+        {"fps": math.inf},
+        {"start": "end"},
+        {"short": "repeat"},
+    ],
 )
 def test_impossible_settings_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"data\."):

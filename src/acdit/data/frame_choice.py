@@ -73,7 +73,7 @@ class FrameChoice:
         short: what becomes of a video with too few frames: "error", or "loop": from its first frame, over and over.
 
     Raises:
-        ConfigError: fewer than one frame, a stride below 1, a rate of 0 or less, an unknown name.
+        ConfigError: fewer than one frame, a stride below 1, a rate below 0.001 or above 1000, an unknown name.
     """
 
     frames: int = 16
@@ -86,8 +86,8 @@ class FrameChoice:
         for name, value in (("frames", self.frames), ("frame_stride", self.stride)):
             if value < 1:
                 raise ConfigError(f"data.{name}", found=str(value), expected="at least 1")
-        if self.fps is not None and self.fps <= 0:
-            raise ConfigError("data.fps", found=str(self.fps), expected="more than 0")
+        if self.fps is not None and not 1e-3 <= self.fps <= 1000:  # NaN neither
+            raise ConfigError("data.fps", found=str(self.fps), expected="0.001 … 1000")
         for name, chosen, known in (("start", self.start, STARTS), ("short_clips", self.short, SHORT_CLIPS)):
             if chosen not in known:
                 raise ConfigError(f"data.{name}", found=repr(chosen), expected=f"one of {known}")
