@@ -94,6 +94,13 @@ def test_a_list_a_rate_and_a_start_are_as_in_training(base: Path, tmp_path: Path
         torch.testing.assert_close(latents[index][0][0, 0], expected(base, clips[index][0]), rtol=1e-4, atol=1e-4)
 
 
+def test_short_films_are_looped_where_that_is_said(base: Path, tmp_path: Path) -> None:
+    encode(base, tmp_path, frames=13, frame_stride=1, short_clips="loop")
+    clip = LatentsDataset(tmp_path)[0][0][0, 0]
+    torch.testing.assert_close(clip[:, 12], clip[:, 0], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(clip[:, 11], clip[:, 0], rtol=1e-2, atol=1e-2)
+
+
 def test_several_clips_a_file_are_spread_over_it(base: Path, tmp_path: Path) -> None:
     """12 frames and a span of 7: 6 places. Three clips begin in the middle of each third of them."""
     manifest = encode(base, tmp_path / "three", clips_per_file=3)
