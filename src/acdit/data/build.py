@@ -92,12 +92,13 @@ def require_used(recipe: DataRecipe) -> None:
             )  # fmt: skip
 
 
-def build_dataset(recipe: DataRecipe, posterior: str = "mode") -> Dataset | StreamDataset:
+def build_dataset(recipe: DataRecipe, posterior: str = "mode", clips_per_file: int = 1) -> Dataset | StreamDataset:
     """The data set a recipe names.
 
     Args:
         recipe: what to read.
         posterior: "mode" or "sample", of cached latents.
+        clips_per_file: see `ClipsDataset`.
 
     Raises:
         ConfigError: an unknown kind, a missing root, or a setting that this kind has no use for.
@@ -138,7 +139,7 @@ def build_dataset(recipe: DataRecipe, posterior: str = "mode") -> Dataset | Stre
         return ShardsDataset(*files, recipe.label_column, classes)
     if recipe.kind == "clips":
         choice = FrameChoice(recipe.frames, recipe.frame_stride, recipe.fps, recipe.start, recipe.short_clips)
-        return ClipsDataset(*files, classes, choice, recipe.split_file)
+        return ClipsDataset(*files, classes, choice, recipe.split_file, clips_per_file)
     return ImagesDataset(*files, classes)
 
 
