@@ -173,8 +173,8 @@ def test_characters_need_no_library(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_an_unknown_character_is_named() -> None:
-    with pytest.raises(DataError, match=r"'ß' \(U\+00DF\) at position 3, after 'abc'; expected one of the 3 char"):
-        CharacterTokenizer("abc").encode("abcß")
+    with pytest.raises(DataError, match=r"'ß' \(U\+00DF\) in 'abcßa'; expected one of the 3 char"):
+        CharacterTokenizer("abc").encode("abcßa")
     with pytest.raises(DataError, match="without characters"):
         CharacterTokenizer("")
 

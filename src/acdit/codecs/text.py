@@ -147,8 +147,8 @@ class CharacterTokenizer(Tokenizer):
         if len(unknown):
             place = int(unknown[0])
             raise DataError(
-                "text", found=f"the character {text[place]!r} (U+{ord(text[place]):04X}) at position {place}, after "
-                f"{text[max(0, place - 20) : place]!r}",
+                "text", found=f"the character {text[place]!r} (U+{ord(text[place]):04X}) in "
+                f"{text[max(0, place - 20) : place + 10]!r}",
                 expected=f"one of the {len(self.alphabet)} characters of the training text",
                 fix="remove it, or train with a tokenizer that knows all text (data.tokenizer=gpt2)",
             )  # fmt: skip

@@ -30,6 +30,7 @@ KINDS = PICTURE_KINDS + TEXT_KINDS
 # Settings that only some kinds have a use for: elsewhere they must keep their default.
 _ONLY_FOR = {
     "max_bad_files": ("images", "webdataset", "hf", "clips", "text", "hf_text"),
+    "root": tuple(kind for kind in KINDS if kind != "builtin_text"),
     "size": PICTURE_KINDS,
     "channels": PICTURE_KINDS,
     "flip": PICTURE_KINDS,

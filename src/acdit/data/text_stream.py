@@ -22,7 +22,7 @@ from acdit.data.documents import Cut, Documents, Piece, require_whole
 from acdit.data.hf import load_table
 from acdit.data.hf_text import text_column
 from acdit.data.stream import Sample, StreamDataset
-from acdit.data.stream_order import Row
+from acdit.data.stream_order import EmptyStream, Row
 from acdit.data.text import Wrap
 from acdit.data.text_files import plain
 from acdit.errors import ConfigError, DataError
@@ -127,6 +127,16 @@ class TextStream(StreamDataset):
         super().__init__(
             where, (wrap.length,), ["text"], BadFiles(max_bad_files, what="row"), len(self._limits), shuffle_buffer
         )
+
+    def _fetched(self, read: Any, *arguments: int) -> Any:
+        try:
+            return super()._fetched(read, *arguments)
+        except EmptyStream:
+            raise DataError(
+                self._where, found="no file with enough text",
+                expected=f"at least {self.wrap.chunk:,} tokens in one of them, for one sequence",
+                fix="lower data.sequence_length (and model.grid), or give more text",
+            ) from None  # fmt: skip
 
     def _part(self, number: int) -> _SequencesOfPart:
         return _SequencesOfPart(

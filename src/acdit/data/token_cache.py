@@ -204,6 +204,8 @@ def _make(
                 commit(behind)
                 digest, size, characters = hashlib.sha256(), 0, 0
     if documents.identity() != identity["documents"]:
+        (making / _PROGRESS).unlink(missing_ok=True)  # nothing of it can be used
+        (making / TOKENS).unlink()
         raise DataError(documents.where, found="files that changed while they were read", expected="files at rest")
     total.bad_files = dict(bad.reasons)
     with atomic_directory(folder) as temporary:
