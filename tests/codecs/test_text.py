@@ -101,6 +101,8 @@ def test_a_character_is_shown_when_it_is_whole(gpt2: SubwordTokenizer) -> None:
     assert [part for part in shown(gpt2, ids) if part] == ["a", "𝄞", "b"]
     cut = list(shown(gpt2, ids[:-2]))
     assert (cut[0], cut[-1]) == ("a", "\ufffd")
+    never = next(index for index in range(gpt2.vocab_size) if gpt2.token_bytes(index) == b"\xff")
+    assert gpt2.stream().add([never]) == "\ufffd"  # nothing that follows can make it whole
     assert list(shown(CharacterTokenizer("ab𝄞"), [0, 2, 3])) == ["a", "𝄞", "", ""]
 
 

@@ -187,3 +187,13 @@ def test_the_command_shows_what_text_holds(tmp_path: Path, capsys: pytest.Captur
     shown_now = capsys.readouterr()
     assert "bad files        1" in shown_now.out
     assert "c.txt; found a bad text (a NUL byte at byte 0: no text), the first of 1" in shown_now.err
+
+
+def test_text_that_is_all_bad_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xff")
+    recipe = DataRecipe(
+        kind="text", root=str(tmp_path), tokenizer=str(tmp_path / "t"), cache=str(tmp_path / "c"), max_bad_files=1
+    )
+    CharacterTokenizer("a").save_pretrained(tmp_path / "t")
+    with pytest.raises(DataError, match=r"0 tokens in 0 documents, 1 bad ones left out, the first .*a\.txt \(no UTF-8"):
+        build_dataset(recipe)

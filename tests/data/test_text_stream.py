@@ -11,10 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from acdit.codecs import CharacterTokenizer
-from acdit.data import TextDataset, TextStream
+from acdit.data import TextDataset, TextStream, hf_text
 from acdit.data.bad_files import BadFiles
 from acdit.data.build import build_dataset, length
-from acdit.data.text_stream import _SequencesOfPart
+from acdit.data.hf_text import TableText
+from acdit.data.text_stream import TailOfStream, _SequencesOfPart
 from acdit.errors import AcditError, ConfigError, DataError
 from acdit.recipe import DataRecipe
 
@@ -109,7 +110,9 @@ def streamed(stream: TextStream, count: int, start: int = 0) -> list[list[int]]:
     ]
 
 
-def test_a_table_is_tokenised_as_its_rows_say(recipe: DataRecipe) -> None:
+@pytest.mark.parametrize("rows", [1, 3, 1000])
+def test_a_table_is_tokenised_as_its_rows_say(recipe: DataRecipe, monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    monkeypatch.setattr(hf_text, "_READ_AT_ONCE", rows)
     dataset = changed(recipe)
     assert isinstance(dataset, TextDataset)
     assert [dataset[index][0].tolist() for index in range(len(dataset))] == brute_force(TEXTS, 6)
@@ -117,6 +120,17 @@ def test_a_table_is_tokenised_as_its_rows_say(recipe: DataRecipe) -> None:
     assert "row 4" in next(iter(dataset.bad_files.reasons))
     characters = changed(recipe, tokenizer="characters")
     assert characters.tokenizer.alphabet == sorted(set("".join(filter(None, TEXTS))))
+
+
+@pytest.mark.parametrize("rows", [1, 3, 1000])
+def test_reading_a_table_goes_on_from_any_place(recipe: DataRecipe, monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    monkeypatch.setattr(hf_text, "_READ_AT_ONCE", rows)
+    assert recipe.root is not None
+    for source in (TableText(recipe.root, "train", "text"), TailOfStream(recipe.root, "train", "text", 7)):
+        pieces = list(source.pieces(len, BadFiles(9)))
+        assert len(pieces) > 5
+        for number, piece in enumerate(pieces):
+            assert list(source.pieces(len, BadFiles(9), piece.place)) == pieces[number + 1 :]
 
 
 def test_the_last_rows_are_held_out(recipe: DataRecipe) -> None:

@@ -64,6 +64,8 @@ class TableText(Documents):
 
     def pieces(self, cut: Cut, bad: BadFiles, place: Sequence[int] | None = None) -> Iterator[Piece]:
         first = place[0] if place else self._start
+        if first >= self._stop:  # `select` wants a row
+            return
         rows = self._table.select(range(first, self._stop)).with_format("arrow")
         try:
             for batch in rows.iter(_READ_AT_ONCE):

@@ -114,8 +114,10 @@ class TextDataset:
         """(S,)"""
         self.protocol = wrap.protocol
         if counted.tokens < wrap.chunk:
+            bad = [f"{name} ({reason})" for name, reason in bad_files.reasons.items()][:1]
             raise DataError(
-                where, found=f"{counted.tokens:,} tokens in {counted.documents:,} documents",
+                where, found=f"{counted.tokens:,} tokens in {counted.documents:,} documents"
+                + "".join(f", {len(bad_files)} bad ones left out, the first {first}" for first in bad),
                 expected=f"at least {wrap.chunk:,}, for one sequence",
                 fix="lower data.sequence_length (and model.grid), or give more text",
             )  # fmt: skip

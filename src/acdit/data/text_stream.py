@@ -74,10 +74,7 @@ class _SequencesOfPart:
                 begin, taken = begin + self._chunk, taken + self._chunk
                 while len(starts) > 1 and starts[1][0] <= begin:
                     starts.popleft()
-                if begin == have:  # behind the last document
-                    self._at = {"rows": state, "number": number, "skip": 0}
-                else:
-                    self._at = {**starts[0][1], "skip": begin - starts[0][0]}
+                self._at = {**starts[0][1], "skip": begin - starts[0][0]}
                 yield tokens[taken - self._chunk : taken]
             tokens = tokens[taken:]
 
