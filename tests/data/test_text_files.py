@@ -107,7 +107,12 @@ def test_of_a_single_document_the_end_is_held_out(
         read(text_files(root, part, "file", "text", share, BadFiles(0)))[0] for part in ("train", "held_out")
     )
     assert first + last == "x" + text
-    assert 0 <= len(last.encode()) - share * len(("x" + text).encode()) < 5
+    assert -1e-6 <= len(last.encode()) - share * len(("x" + text).encode()) < 5
+
+
+def test_the_smallest_share_holds_out_a_character(tmp_path: Path) -> None:
+    root = str(write(tmp_path, a__txt="abcé") / "a.txt")
+    assert read(text_files(root, "held_out", "file", "text", 1e-20, BadFiles(0))) == ["é"]
 
 
 def test_what_cannot_be_held_out_is_refused(tmp_path: Path) -> None:

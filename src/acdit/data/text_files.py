@@ -138,7 +138,8 @@ class TextFiles(Documents):
     def _inside(self, held_out: float) -> Sequence[int]:
         number = next(number for number in range(len(self._files)) if self._checked.get(number, "") is None)
         path = self._files[number][1]
-        byte = int(path.stat().st_size * (1 - held_out))
+        size = path.stat().st_size
+        byte = min(int(size * (1 - held_out)), size - 1)
         with path.open("rb") as file:
             while byte > 0:
                 file.seek(byte)
