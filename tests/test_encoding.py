@@ -25,7 +25,8 @@ from acdit.cli import main
 from acdit.codecs import VAECodec, load_vae
 from acdit.data.images import ImagesDataset
 from acdit.data.latents import LatentsManifest, read_manifest
-from acdit.encoding import EncodeSettings, encode_dataset
+from acdit.encoding import encode_dataset
+from acdit.encoding_plan import EncodeSettings
 from acdit.errors import ConfigError, DataError, NonFiniteError, StorageError
 from tests import autoencoders
 
@@ -55,6 +56,7 @@ def stored(output: Path, name: str) -> torch.Tensor:
 def test_latents_of_both_views_in_shards_with_a_manifest(inputs: dict[str, str], tmp_path: Path) -> None:
     manifest = encode(inputs, tmp_path, dtype="fp32")
     assert manifest == read_manifest(tmp_path)
+    assert "clips" not in json.loads((tmp_path / storage.MANIFEST).read_text())  # as before there were any
     assert [shard.count for shard in manifest.shards] == [3, 3, 3, 1]
     assert (manifest.samples, manifest.class_names) == (10, ["class-0", "class-1"])
     assert (manifest.vae.scaling_factor, manifest.vae.shift_factor, manifest.resolution) == (5.0, 0.1, 16)

@@ -24,7 +24,8 @@ from acdit.codecs import VAECodec
 from acdit.data import HFDataset, LatentsDataset, ShardsDataset
 from acdit.data.labelled import LabelledPictures
 from acdit.data.latents import LatentsManifest
-from acdit.encoding import EncodeSettings, encode_dataset
+from acdit.encoding import encode_dataset
+from acdit.encoding_plan import EncodeSettings
 from acdit.errors import ConfigError, DataError, NonFiniteError
 from tests import autoencoders
 from tests.data.pictures import png, write_tar
@@ -258,7 +259,7 @@ def test_a_class_list_orders_and_names_the_classes(base: Path, tmp_path: Path, k
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"kind": "digits"}, r"--kind; found 'digits'; expected one of \('images', 'webdataset', 'hf'\)"),
+        ({"kind": "digits"}, r"--kind; found 'digits'; expected one of .*'hf', 'clips'"),
         ({"kind": "images", "label_column": "class"}, r"data\.label_column; found 'class'.*webdataset or hf"),
         ({"kind": "images", "image_column": "img"}, r"data\.image_column; found 'img'.*data\.kind=hf"),
         ({"kind": "webdataset", "image_column": "img"}, r"data\.image_column; found 'img'.*data\.kind=hf"),

@@ -1,4 +1,4 @@
-"""`acdit encode`: a data set of pictures → shards of latents (the layout is described in `acdit.data.latents`).
+"""`acdit encode`: a data set of pictures or clips → shards of latents (their layout: `acdit.data.latents`).
 
 A shard is a fixed range of samples and depends on nothing but its range: whichever process makes it, before or after a
 kill, its bytes are the same. It is written under a temporary name and renamed; its .json, written after it, commits it.
@@ -11,13 +11,11 @@ files with a manifest that others read.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
 import json
 import logging
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,55 +28,22 @@ from acdit import draws, storage
 from acdit.codecs import VAECodec, load_vae
 from acdit.codecs.autoencoders import set_memory_savers
 from acdit.data.bad_files import BadFiles
-from acdit.data.build import build_dataset, require_used
-from acdit.data.labelled import LabelledPictures
-from acdit.data.latents import FORMAT, KIND, LatentsManifest, Shard, VAEIdentity
-from acdit.errors import ConfigError, DataError, NonFiniteError, StorageError
-from acdit.recipe import DataRecipe, differing
+from acdit.data.labelled import LabelledFiles
+from acdit.data.latents import LatentsManifest, Shard, VAEIdentity
+from acdit.encoding_plan import (
+    DTYPES,
+    PLAN,
+    EncodeSettings,
+    begin,
+    bytes_per_sample,
+    check,
+    make_plan,
+    read_dataset,
+)
+from acdit.errors import DataError, NonFiniteError, StorageError
 from acdit.workers import Progress, run_tasks
 
 logger = logging.getLogger(__name__)
-
-KINDS = ("images", "webdataset", "hf")
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-POSTERIORS = ("mode", "sample", "moments")
-CROP = "adm-center"  # what `acdit.data.picture.resize_and_crop` does
-PLAN = "encode.json"
-_UNCOMPARED = ("vae.id", "vae.subfolder")  # where it lies; the identity is compared
-
-
-@dataclass(frozen=True)
-class EncodeSettings:
-    """What to encode, and how; all of it shapes the result."""
-
-    data: str
-    """Where the pictures lie: data.root of a recipe of this `kind`."""
-    vae: str
-    """Folder or hub id."""
-    subfolder: str | None = None
-    kind: str = "images"
-    """How they lie there: one of `KINDS`, as data.kind of a recipe; so are the next four."""
-    split: str = "train"
-    classes: str | None = None
-    image_column: str = "image"
-    label_column: str = "label"
-    size: int = 256
-    """Pixels: resize and centre crop as ADM does."""
-    flips: bool = False
-    """Encode the mirrored view too."""
-    posterior: str = "mode"
-    """"mode", "sample" (drawn once, keyed by seed, sample and view), or "moments" (training may sample)."""
-    dtype: str = "fp16"
-    """Of the stored latents."""
-    precision: str = "fp32"
-    """Of the autoencoder's arithmetic."""
-    batch_size: int = 16
-    shard_size: int = 1024
-    """Samples a shard."""
-    max_bad_files: int = 0
-    seed: int = 0
-    tiling: bool = False
-    slicing: bool = False
 
 
 def encode_dataset(
@@ -105,12 +70,12 @@ def encode_dataset(
 
     Raises:
         ConfigError: a setting, the autoencoder, or a directory begun with other settings.
-        DataError: the pictures, their labels, or more bad ones than allowed.
+        DataError: the pictures or clips, their labels, or more bad ones than allowed.
         NonFiniteError: NaN or infinite latents; the picture and its index are named.
         StorageError: no room (what is encoded stays), or a directory with other things in it.
         PeerLostError: a worker was killed.
     """
-    _check(settings)
+    check(settings)
     output = Path(output)
     if output.exists() and not (output / PLAN).is_file() and (not output.is_dir() or _foreign(output)):
         raise StorageError(
@@ -121,26 +86,23 @@ def encode_dataset(
         storage.clean_leftovers(output)
         vae = load_vae(settings.vae, settings.subfolder)
         channels = int(getattr(vae.config, "in_channels", 3))
-        dataset = build_dataset(_recipe(settings, channels))
-        assert isinstance(dataset, LabelledPictures)  # as all of `KINDS` are
-        plan = _begin(output, _plan(settings, dataset, vae, channels))
-        counts = [
-            min(settings.shard_size, plan["samples"] - start)
-            for start in range(0, plan["samples"], settings.shard_size)
-        ]
+        dataset = read_dataset(settings, channels)
+        plan = begin(output, make_plan(settings, dataset, vae, channels))
+        starts = range(0, plan["samples"], settings.samples_a_shard)
+        counts = [min(settings.samples_a_shard, plan["samples"] - start) for start in starts]
         found = [_committed(output, number) for number in range(len(counts))]
         missing = [number for number, record in enumerate(found) if record is None]
         bad = _all_bad(record for record in found if record is not None)
         _require_few(bad, settings)
         total = sum(counts[number] for number in missing)
-        storage.require_room(output, total * _bytes_per_sample(settings, plan))
+        storage.require_room(output, total * bytes_per_sample(settings, plan))
         encoder = ShardEncoder(settings, dataset, output, device)
         if workers == 1 or len(missing) <= 1:
             encoder.vae = vae
         del vae
         started = time.perf_counter()
         with tqdm(
-            total=plan["samples"], initial=plan["samples"] - total, unit="picture", disable=not progress,
+            total=plan["samples"], initial=plan["samples"] - total, unit=dataset.bad_files.what, disable=not progress,
             dynamic_ncols=True,
         ) as bar, contextlib.closing(
             run_tasks(encoder, missing, workers=workers, threads=threads, on_progress=bar.update)
@@ -151,7 +113,8 @@ def encode_dataset(
         seconds = time.perf_counter() - started
         if total:
             views = " (two views each)" if settings.flips else ""
-            print(f"encoded {total} pictures{views} in {seconds:.1f} s: {total / seconds:.1f} pictures/s")
+            what = f"{dataset.bad_files.what}s"
+            print(f"encoded {total} {what}{views} in {seconds:.1f} s: {total / seconds:.1f} {what}/s")
         manifest = _manifest(output, plan, len(counts))
         storage.write_text_atomic(output / storage.MANIFEST, manifest.text())
     manifest.warn_about_std()
@@ -163,12 +126,12 @@ class ShardEncoder:
 
     Args:
         settings: what and how.
-        dataset: the pictures.
+        dataset: the pictures or clips.
         output: the directory.
         device: as in `encode_dataset`.
     """
 
-    def __init__(self, settings: EncodeSettings, dataset: LabelledPictures, output: Path, device: str | None) -> None:
+    def __init__(self, settings: EncodeSettings, dataset: LabelledFiles, output: Path, device: str | None) -> None:
         self.settings, self.dataset, self.output, self.device = settings, dataset, output, device
         self.vae: Any = None
         self._codec: VAECodec | None = None
@@ -185,18 +148,20 @@ class ShardEncoder:
         vae = self.vae or load_vae(settings.vae, settings.subfolder)
         set_memory_savers(vae, tiling=settings.tiling, slicing=settings.slicing)
         vae = vae.to(device)
-        self._codec = VAECodec(vae if settings.precision == "fp32" else vae.to(DTYPES[settings.precision]))
+        vae = vae if settings.precision == "fp32" else vae.to(DTYPES[settings.precision])
+        self._codec = VAECodec(vae, frames_at_once=settings.batch_size)
 
     def __call__(self, item: int, progress: Progress) -> dict[str, Any]:
         """Encode shard `item` and commit it; its commit record."""
         settings = self.settings
-        first = item * settings.shard_size
-        indices = range(first, min(first + settings.shard_size, len(self.dataset)))
-        self.dataset.bad_files = BadFiles(settings.max_bad_files)  # of this shard alone, for its record
+        first = item * settings.samples_a_shard
+        indices = range(first, min(first + settings.samples_a_shard, len(self.dataset)))
+        what = self.dataset.bad_files.what
+        self.dataset.bad_files = BadFiles(settings.max_bad_files, what=what)  # of this shard alone, for its record
         batches: list[dict[str, Tensor]] = []
         labels: list[int] = []
-        for start in range(0, len(indices), settings.batch_size):
-            chosen = indices[start : start + settings.batch_size]
+        for start in range(0, len(indices), settings.samples_at_once):
+            chosen = indices[start : start + settings.samples_at_once]
             loaded = [self.dataset[index] for index in chosen]
             labels += [label for _, label in loaded]
             batches.append(self._encode(torch.stack([picture for picture, _ in loaded]), chosen))
@@ -206,7 +171,7 @@ class ShardEncoder:
         return self._commit(item, tensors)
 
     def _encode(self, pictures: Tensor, indices: range) -> dict[str, Tensor]:
-        """(B, C, H, W) uint8 → the stored tensors, (B, V, C, h, w)."""
+        """(B, C, [T,] H, W) uint8 → the stored tensors, (B, V, C, [T,] h, w)."""
         assert self._codec is not None  # `prepare` comes first
         settings = self.settings
         views: dict[str, list[Tensor]] = {}
@@ -224,11 +189,11 @@ class ShardEncoder:
         for name, values in stored.items():
             finite = torch.isfinite(values).flatten(1).all(1)
             if not finite.all():
-                index = indices[int((~finite).nonzero()[0])]
+                index, what = indices[int((~finite).nonzero()[0])], self.dataset.bad_files.what
                 raise NonFiniteError(
                     self.dataset.file_at(index), found=f"NaN or infinite {name} at index {index}",
                     expected=f"numbers that {settings.dtype} can hold",
-                    fix="use --precision fp32 and --dtype fp32, and look at the picture and the autoencoder's weights",
+                    fix=f"use --precision fp32 and --dtype fp32, and look at the {what} and the autoencoder's weights",
                 )  # fmt: skip
         return stored
 
@@ -254,77 +219,12 @@ def _sums(tensors: dict[str, Tensor]) -> tuple[int, list[float], list[float]]:
     """
     mean = tensors["latents" if "latents" in tensors else "mean"].double()
     squares = mean.square() + (tensors["std"].double().square() if "std" in tensors else 0)
-    axes = [0, 1, 3, 4]
+    axes = [axis for axis in range(mean.ndim) if axis != 2]
     return mean[:, :, 0].numel(), mean.sum(axes).tolist(), squares.sum(axes).tolist()
-
-
-def _check(settings: EncodeSettings) -> None:
-    for name, known in (("kind", KINDS), ("dtype", DTYPES), ("precision", DTYPES), ("posterior", POSTERIORS)):
-        if getattr(settings, name) not in known:
-            raise ConfigError(f"--{name}", found=repr(getattr(settings, name)), expected=f"one of {tuple(known)}")
-    for name in ("size", "batch_size", "shard_size"):
-        if getattr(settings, name) < 1:
-            raise ConfigError(f"--{name.replace('_', '-')}", found=str(getattr(settings, name)), expected="at least 1")
-    if settings.max_bad_files < 0 or settings.seed < 0:
-        raise ConfigError("--max-bad-files, --seed", found="a negative number", expected="at least 0")
-    require_used(_recipe(settings))
-
-
-def _recipe(settings: EncodeSettings, channels: int = 3) -> DataRecipe:
-    """The pictures, as training would read them: what a recipe refuses is refused here."""
-    names = ("kind", "split", "size", "classes", "image_column", "label_column", "max_bad_files")
-    return DataRecipe(root=settings.data, channels=channels, **{name: getattr(settings, name) for name in names})
 
 
 def _foreign(output: Path) -> bool:
     return any(not place.name.startswith(".") for place in output.iterdir())
-
-
-def _plan(settings: EncodeSettings, dataset: LabelledPictures, vae: Any, channels: int) -> dict[str, Any]:
-    """Everything the result follows from."""
-    import diffusers
-
-    codec = VAECodec(vae)
-    set_memory_savers(vae, tiling=settings.tiling, slicing=settings.slicing)
-    files = hashlib.sha256()
-    for identity, label in dataset.listing():
-        files.update(f"{identity}\0{label}\n".encode("utf-8", "surrogateescape"))
-    plan = {
-        "vae": asdict(VAEIdentity.of(vae, settings.vae, settings.subfolder)),
-        "latent_shape": codec.latent_shape(settings.size, settings.size),
-        "dtype": settings.dtype, "posterior": settings.posterior, "flips": settings.flips,
-        "resolution": settings.size, "crop": CROP, "picture_channels": channels, "split": settings.split,
-        "seed": settings.seed, "precision": settings.precision, "batch_size": settings.batch_size,
-        "shard_size": settings.shard_size, "tiling": settings.tiling, "slicing": settings.slicing,
-        "class_names": dataset.class_names, "samples": len(dataset), "files_sha256": files.hexdigest(),
-        "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
-    }  # fmt: skip
-    return dict(json.loads(json.dumps(plan)))
-
-
-def _begin(output: Path, plan: dict[str, Any]) -> dict[str, Any]:
-    """Write the plan, or compare it with the one that was begun; the one that holds."""
-    file = output / PLAN
-    if not file.is_file():
-        storage.write_json_atomic(file, {"kind": KIND, "format": FORMAT, **plan})
-        return plan
-    try:
-        begun = json.loads(file.read_text(encoding="utf-8"))
-        if (begun.pop("kind"), begun.pop("format")) != (KIND, FORMAT):
-            raise ValueError("another kind or format")
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise StorageError(f"{file}", found=f"unreadable ({error})", expected="a begun encoding") from None
-    changed = differing(begun, plan)
-    if any(key.startswith("versions.") for key in changed):
-        logger.warning("not bit-exact: begun with %s, now %s", begun["versions"], plan["versions"])
-    changed = {key: pair for key, pair in changed.items() if key not in _UNCOMPARED and not key.startswith("versions.")}
-    if changed:
-        listed = ", ".join(f"{key} was {old!s:.60}, is {new!s:.60}" for key, (old, new) in changed.items())
-        raise ConfigError(
-            f"{output}", found=f"an encoding begun with other settings: {listed}", expected="the same settings",
-            fix="give the settings it was begun with, or choose another --output",
-        )  # fmt: skip
-    return dict(begun)
 
 
 def _shard_name(number: int) -> str:
@@ -346,12 +246,6 @@ def _committed(output: Path, number: int, check: bool = True) -> dict[str, Any] 
     return dict(record)
 
 
-def _bytes_per_sample(settings: EncodeSettings, plan: dict[str, Any]) -> int:
-    channels, height, width = plan["latent_shape"]
-    tensors = (2 if settings.flips else 1) * (2 if settings.posterior == "moments" else 1)
-    return int(channels * height * width * tensors * DTYPES[settings.dtype].itemsize)
-
-
 def _all_bad(records: Iterable[dict[str, Any]]) -> dict[str, str]:
     return dict(itertools.chain.from_iterable(record["bad_files"].items() for record in records))
 
@@ -362,7 +256,7 @@ def _require_few(bad: dict[str, str], settings: EncodeSettings) -> None:
         return
     file, reason = next(iter(bad.items()))
     raise DataError(
-        file, found=f"a bad picture ({reason}), one of {len(bad)}",
+        file, found=f"a bad {'clip' if settings.of_clips else 'picture'} ({reason}), one of {len(bad)}",
         expected=f"at most {settings.max_bad_files} bad files", fix="repair or remove them, or raise --max-bad-files",
     )  # fmt: skip
 

@@ -40,6 +40,12 @@ class DataRecipe:
     A clip has `frames` frames: of those its file shows (with `fps`, of so many a second) every `frame_stride`-th, from
     `start` on: random, center or first. `short_clips` says what becomes of shorter files: error or loop. `split_file`
     is one of UCF-101's lists. Of moving digits there are `digits_per_clip`.
+
+    Text becomes ids by `tokenizer`: "characters" (those of the training text), a folder or tokenizer.json, or a name on
+    the hub (gpt2). A document is a text file, or each `document=line` of one; of JSONL and tables each `text_column`.
+    `held_out`: the share (below 1) or number of the documents at the end that split "held_out" has and "train" has not.
+    Documents are joined by EOS and cut into `sequence_length` tokens; `wrap` says which of them are added: joined
+    (none), bos, bos_eos. `subset` is a configuration of a data set on the hub. Tokenised text is kept in `cache`.
     """
 
     kind: str
@@ -61,6 +67,14 @@ class DataRecipe:
     short_clips: str = "error"
     split_file: str | None = None
     digits_per_clip: int = 1
+    tokenizer: str = "characters"
+    sequence_length: int = 1024
+    wrap: str = "joined"
+    document: str = "file"
+    text_column: str = "text"
+    held_out: float = 0.0
+    subset: str | None = None
+    cache: str | None = None
     max_bad_files: int = 0
     num_workers: int = 0
 
@@ -211,10 +225,13 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.sink_positions": ("true", "sliding"),
     "data.kind": (
         "digits", "images", "idx", "webdataset", "hf", "latents", "clips", "moving_digits", "moving_idx",
+        "text", "hf_text", "builtin_text",
     ),
     "data.crop": ("center", "random"),
     "data.start": ("random", "center", "first"),
     "data.short_clips": ("error", "loop"),
+    "data.wrap": ("joined", "bos", "bos_eos"),
+    "data.document": ("file", "line"),
     "codec.kind": ("pixels", "vae"),
     "codec.posterior": ("mode", "sample"),
     "corruption.kind": ("gaussian", "masking"),
@@ -237,6 +254,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "data.size": (1, 2**31), "data.channels": (1, 5), "data.max_bad_files": (0, 2**31), "data.num_workers": (0, 4096),
     "data.shuffle_buffer": (1, 2**31), "data.frames": (1, 2**16), "data.frame_stride": (1, 2**16),
     "data.fps": (1e-3, 1001), "data.digits_per_clip": (1, 3),
+    "data.sequence_length": (1, 2**31), "data.held_out": (0, 2**31),
     "codec.std": (1e-12, math.inf), "codec.scaling_factor": (1e-12, math.inf), "codec.shift_factor": (-1e12, 1e12),
     "corruption.num_train_timesteps": (1, 2**31), "corruption.copies": (1, 2**31),
     "corruption.context_noise": (0, 1 + 1e-12), "corruption.self_context": (0, 1 + 1e-12),

@@ -294,12 +294,16 @@ def clean_leftovers(parent: str | Path) -> list[Path]:
 class RunLock:
     """One process at a time in a run's directory; the kernel frees it when the process dies, however it dies.
 
+    Args:
+        run: the directory.
+        wait: for another process to leave, instead of an error.
+
     Raises:
         StorageError: on entering, when another process holds it (its pid is named), or it cannot be made.
     """
 
-    def __init__(self, run: str | Path) -> None:
-        self.path = Path(run) / ".lock"
+    def __init__(self, run: str | Path, wait: bool = False) -> None:
+        self.path, self._wait = Path(run) / ".lock", wait
         self._file: TextIO | None = None
 
     def __enter__(self) -> RunLock:
@@ -309,7 +313,7 @@ class RunLock:
         except OSError as error:
             raise _explained(error, error.errno or 0, self.path, 0) from error
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._file, fcntl.LOCK_EX | (0 if self._wait else fcntl.LOCK_NB))
         except OSError as error:
             self._file.seek(0)
             holder = self._file.read().strip() or "another process"

@@ -168,3 +168,21 @@ def test_what_is_no_vae_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.M
     torch.save({**tensors, "encoder.conv_in.bias": dropped}, tmp_path / "diffusion_pytorch_model.bin")
     with pytest.raises(ConfigError, match=r"cannot be read.*\.bin files are not read"):
         load_vae(str(tmp_path))
+
+
+def test_clips_are_coded_a_few_frames_at_a_time() -> None:
+    vae, clips = autoencoders.kl(), torch.randint(0, 256, (2, 3, 5, 16, 16), dtype=torch.uint8)
+    seen: list[int] = []
+    for part in (vae.encoder, vae.decoder):
+        part.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    latents = VAECodec(vae, frames_at_once=4).encode(clips)
+    pixels = VAECodec(vae, frames_at_once=4).decode(latents)
+    assert (tuple(latents.shape), tuple(pixels.shape)) == ((2, 4, 5, 8, 8), tuple(clips.shape))
+    assert seen == [4, 4, 2] * 2
+    for clip in range(2):
+        for frame in range(5):
+            alone = VAECodec(vae).encode(clips[clip : clip + 1, :, frame])
+            torch.testing.assert_close(latents[clip, :, frame], alone[0], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(pixels[clip, :, frame], VAECodec(vae).decode(alone)[0], rtol=1e-4, atol=1e-4)
+    VAECodec(vae).decode(torch.zeros(2, 4, 20, 8, 8))
+    assert max(seen) <= 16

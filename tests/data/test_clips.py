@@ -97,6 +97,15 @@ def test_without_a_size_all_clips_must_have_one(root: Path, tmp_path: Path) -> N
         ClipsDataset(tmp_path, choice=FIRST)[3]
 
 
+def test_several_clips_a_file_need_a_start_that_is_free(root: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.start; found 'first', and 2 clips a file; expected one of the two"):
+        ClipsDataset(root, choice=FIRST, clips_per_file=2)
+    data = ClipsDataset(root, channels=1, choice=FrameChoice(4, 2), clips_per_file=3)  # 12 frames: 6 places
+    assert (data.labels.tolist(), len(data)) == ([0] * 6 + [1] * 3, 9)
+    assert [numbers(data[index][0])[0] for index in (3, 4, 5)] == [1, 3, 5]
+    assert numbers(data.placed(4, None, 0.0)[0])[0] == 0  # a draw goes before
+
+
 # --- row 22: bad clips -------------------------------------------------------------------------------------------
 
 
@@ -137,6 +146,21 @@ def test_what_stands_at_an_index_does_not_depend_on_what_was_read_before(tmp_pat
     early, late = [0, 1, 2, 3], [76, 77, 78, 79]
     assert read([0.0, 0.99]) == [early, late]
     assert read([0.99, 0.0, 0.99]) == [late, early, late]
+
+
+def test_a_strip_is_refused_before_it_is_scaled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_video(tmp_path / "cat" / "a.mkv", np.zeros((2, 2, 8192), np.uint8), codec="ffv1", pix_fmt="gray")
+    monkeypatch.setattr("acdit.data.video._frames", lambda *_: pytest.fail("a frame was decoded"))
+    data = ClipsDataset(tmp_path, size=256, choice=FrameChoice(2), max_bad_files=1)
+    with pytest.raises(DataError, match="no readable clip"):
+        data[0]
+    assert "too long a strip" in next(iter(data.bad_files.reasons.values()))
+
+
+def test_the_stored_size_of_a_bad_clip_is_unknown(tmp_path: Path) -> None:
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat" / "a.mp4").write_bytes(b"no video")
+    assert ClipsDataset(tmp_path, size=8).stored_size(0) is None
 
 
 def test_a_class_with_nothing_readable_stops_whatever_the_limit(tmp_path: Path) -> None:

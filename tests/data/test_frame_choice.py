@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import pytest
 
-from acdit.data.frame_choice import BadClip, FrameChoice, Timeline
+from acdit.data.frame_choice import BadClip, FrameChoice, Timeline, TooShort
 from acdit.errors import ConfigError
 
 THIRTY = Timeline.steady(60, Fraction(30))
@@ -36,6 +37,23 @@ def test_a_rate_is_kept_by_time() -> None:
     assert FrameChoice(6, fps=29.97, **first).of(THIRTY) == list(range(6))
 
 
+def test_the_middle_of_an_odd_room_is_the_earlier_place() -> None:
+    assert FrameChoice(4, start="center").of(Timeline.steady(5, Fraction(25))) == [0, 1, 2, 3]
+
+
+def test_a_rate_counts_whole_frames_to_the_nearest_and_at_least_one() -> None:
+    assert len(FrameChoice(20, fps=10).of(Timeline.steady(59, Fraction(30)))) == 20  # 19.7
+    with pytest.raises(TooShort, match=r"^19 frames at 10 a second, 20 needed") as caught:
+        FrameChoice(20, fps=10).of(Timeline.steady(58, Fraction(30)))  # 19.3
+    assert caught.value.found == 19
+    assert FrameChoice(1, fps=1).of(Timeline.steady(1, Fraction(25))) == [0]
+
+
+def test_an_odd_rate_does_not_drift() -> None:
+    long = Timeline.steady(2000, Fraction(30))
+    assert FrameChoice(2, 1000, fps=23.976, start="first").of(long) == [0, 1251]  # 1250 at 24 a second
+
+
 def test_times_that_a_container_rounded_pass_over_no_frame() -> None:
     milliseconds = Timeline(np.round(np.arange(60) * 1000 / 30).astype(np.int64), 2000, Fraction(1, 1000))
     assert FrameChoice(60, fps=30, start="first").of(milliseconds) == list(range(60))
@@ -53,6 +71,7 @@ def test_too_few_frames_are_an_error_or_a_loop() -> None:
     with pytest.raises(BadClip, match=r"^5 frames, 7 needed"):
         FrameChoice(4, 2).of(few)
     assert FrameChoice(4, 2, short="loop").of(few, 0.9) == [0, 2, 4, 1]
+    assert FrameChoice(4, 2, short="loop").of(few) == [0, 2, 4, 1]
     assert FrameChoice(3, short="loop").of(Timeline.steady(1, Fraction(25))) == [0, 0, 0]
     assert FrameChoice(3, short="loop", start="first").of(few) == [0, 1, 2]
     with pytest.raises(BadClip, match="0 frames"):
@@ -60,7 +79,17 @@ def test_too_few_frames_are_an_error_or_a_loop() -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"frames": 0}, {"stride": 0}, {"fps": 0.0}, {"start": "end"}, {"short": "repeat"}]
+    "settings",
+    [
+        {"frames": 0},
+        {"stride": 0},
+        {"fps": 0.0},
+        {"fps": 1e-6},
+        {"fps": math.nan},
+        {"fps": math.inf},
+        {"start": "end"},
+        {"short": "repeat"},
+    ],
 )
 def test_impossible_settings_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"data\."):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import ImageFile
 
-from acdit.data import HFDataset, StreamDataset
+from acdit.data import HFDataset, PictureStream
 from acdit.data.build import build_dataset
 from acdit.data.classes import read_class_list
 from acdit.errors import AcditError, ConfigError, DataError
@@ -54,7 +54,7 @@ def reds(data: HFDataset) -> list[int]:
     return [int(data[index][0][0, 0, 0]) for index in range(len(data))]
 
 
-def streamed(data: StreamDataset, count: int, start: int = 0, **options: Any) -> list[tuple[int, int]]:
+def streamed(data: PictureStream, count: int, start: int = 0, **options: Any) -> list[tuple[int, int]]:
     data.start(seed=options.get("seed", 1), history=0)
     found = data.samples([(position, None) for position in range(start, start + count)])
     return [(int(picture[0, 0, 0]), label) for picture, label in found]
@@ -83,7 +83,7 @@ def test_every_local_form_gives_pictures_and_named_classes(tmp_path: Path, form:
     assert {(int(picture[0, 0, 0]), label) for picture, label in map(data.__getitem__, range(len(data)))} == expected
     assert data.class_names == PETS
     assert data.shape == (3, 8, 8)
-    stream = StreamDataset(root, size=8)
+    stream = PictureStream(root, size=8)
     assert stream.class_names == PETS
     assert set(streamed(stream, len(expected))) == expected
 
@@ -101,7 +101,7 @@ def test_a_class_list_orders_and_names_the_classes(tmp_path: Path) -> None:
     root = parquet(tmp_path / "named", table([1, 2], [0, 1], PETS))
     data = HFDataset(root, classes=classes)
     assert (data.class_names, data.labels.tolist()) == (["dog", "cat"], [1, 0])
-    assert sorted(streamed(StreamDataset(root, size=8, classes=classes), 2)) == [(1, 1), (2, 0)]
+    assert sorted(streamed(PictureStream(root, size=8, classes=classes), 2)) == [(1, 1), (2, 0)]
     numbered = parquet(tmp_path / "numbered", table([1, 2], [0, 1]))
     assert HFDataset(numbered, classes=classes).class_names == ["dog", "cat"]
     with pytest.raises(DataError, match=r"1 missing \(cat\), 1 that the list does not name \(cow\)"):
@@ -121,7 +121,7 @@ def test_a_class_list_orders_and_names_the_classes(tmp_path: Path) -> None:
         ({"channels": 2}, r"data\.channels"),
     ],
 )
-@pytest.mark.parametrize("kind", [HFDataset, StreamDataset])
+@pytest.mark.parametrize("kind", [HFDataset, PictureStream])
 def test_what_cannot_be_is_refused(tmp_path: Path, kind: Any, settings: dict[str, Any], named: str) -> None:
     root = parquet(tmp_path / "data", table([1, 2], [0, 1], PETS))
     with pytest.raises(AcditError, match=named) as caught:
@@ -134,15 +134,15 @@ def test_a_label_without_a_class_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"row 1; found label -1; expected one of 2 classes"):
         HFDataset(root)
     with pytest.raises(DataError, match=r"row 1; found label -1"):
-        streamed(StreamDataset(root, size=8), 2)
+        streamed(PictureStream(root, size=8), 2)
 
 
 def test_a_stream_needs_a_size_and_known_classes(tmp_path: Path) -> None:
     root = parquet(tmp_path / "data", table([1], [0]))
     with pytest.raises(ConfigError, match=r"data\.size"):
-        StreamDataset(root)
+        PictureStream(root)
     with pytest.raises(DataError, match=r"labels of type int64, in a stream.*set data\.classes"):
-        StreamDataset(root, size=8)
+        PictureStream(root, size=8)
 
 
 def test_a_path_in_a_table_does_not_open_other_files(tmp_path: Path) -> None:
@@ -166,13 +166,13 @@ def test_bad_pictures_and_bombs_are_named_and_counted(tmp_path: Path, monkeypatc
     assert decoded == []
     assert reds(HFDataset(root, max_bad_files=2)) == [3, 3, 3]
     with pytest.raises(DataError, match=r"row \d; found a bad picture"):
-        streamed(StreamDataset(root, size=8), 3)
-    stream = StreamDataset(root, size=8, max_bad_files=2, shuffle_buffer=2)
+        streamed(PictureStream(root, size=8), 3)
+    stream = PictureStream(root, size=8, max_bad_files=2, shuffle_buffer=2)
     assert streamed(stream, 6) == [(3, 0)] * 6
     assert len(stream.bad_files) == 2
     nothing = parquet(tmp_path / "nothing", table([b"", b"?"], [0, 0], PETS))
     with pytest.raises(DataError, match="no readable picture in the whole stream"):
-        streamed(StreamDataset(nothing, size=8, max_bad_files=9), 1)
+        streamed(PictureStream(nothing, size=8, max_bad_files=9), 1)
 
 
 def test_a_damaged_table_is_one_message(tmp_path: Path) -> None:
@@ -189,13 +189,13 @@ def test_a_stream_goes_on_where_it_was(tmp_path: Path, threads: int) -> None:
     """Over several files, in the middle of one, of a window and of the second epoch."""
     root = parquet(tmp_path / "data", table(list(range(20)), [0, 1] * 10, PETS), files=3)
     options: dict[str, Any] = {"size": 8, "shuffle_buffer": 4, "threads": threads}
-    expected = streamed(StreamDataset(root, **options), 60)
+    expected = streamed(PictureStream(root, **options), 60)
     assert sorted(expected[:20]) == sorted(expected[20:40]) == [(value, value % 2) for value in range(20)]
     assert expected[:20] != expected[20:40]
     for position in (6, 21, 33):
-        first = StreamDataset(root, **options)
+        first = PictureStream(root, **options)
         assert streamed(first, position) == expected[:position]
-        second = StreamDataset(root, **options)
+        second = PictureStream(root, **options)
         second.load_state(first.state(position))
         assert streamed(second, 60 - position, start=position) == expected[position:]
 
@@ -204,7 +204,7 @@ def test_crops_are_where_the_draws_say(tmp_path: Path) -> None:
     values = torch.arange(16 * 16, dtype=torch.uint8).reshape(16, 16).numpy()
     root = parquet(tmp_path / "data", table([png(values)], [0], PETS))
     place = (0.0, 0.0, 0.9)
-    data, stream = HFDataset(root, channels=1, size=8), StreamDataset(root, channels=1, size=8)
+    data, stream = HFDataset(root, channels=1, size=8), PictureStream(root, channels=1, size=8)
     stream.start(seed=0, history=0)
     assert data.cropped(0, place)[0].equal(stream.samples([(0, place)])[0][0])
     wide = HFDataset(parquet(tmp_path / "wide", table([png(values[:8])], [0], PETS)), channels=1, size=8)
@@ -216,7 +216,7 @@ def test_crops_are_where_the_draws_say(tmp_path: Path) -> None:
 def test_the_recipe_builds_both_and_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = parquet(tmp_path / "data", table([1, 2], [0, 1], PETS))
     assert isinstance(build_dataset(DataRecipe(kind="hf", root=root)), HFDataset)
-    assert isinstance(build_dataset(DataRecipe(kind="hf", root=root, streaming=True, size=8)), StreamDataset)
+    assert isinstance(build_dataset(DataRecipe(kind="hf", root=root, streaming=True, size=8)), PictureStream)
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ConfigError, match=r"no library `datasets`.*acdit\[train\]"):
         build_dataset(DataRecipe(kind="hf", root=root))

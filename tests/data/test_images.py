@@ -81,6 +81,26 @@ def test_a_zip_of_one_class_is_not_taken_for_a_wrapper(tmp_path: Path) -> None:
     assert ImagesDataset(write_zip(tmp_path, {"cat/a.png": png(1)})).class_names == ["cat"]
 
 
+@pytest.mark.parametrize(
+    ("files", "classes"),
+    [
+        (("a/deep/x.png", "b/y.png"), ["a", "b"]),  # two folders wrap nothing
+        (("pack/deep/x.png", "top.png"), ["pack"]),  # nor does one with pictures beside it
+        (("cat/deep/x.png", "cat/y.png"), ["cat"]),  # or in it
+        (("pack/cat/x.png",), ["cat"]),
+    ],
+)
+def test_what_a_zip_wraps(tmp_path: Path, files: tuple[str, ...], classes: list[str]) -> None:
+    assert ImagesDataset(write_zip(tmp_path, {name: png(1) for name in files})).class_names == classes
+    with pytest.raises(DataError, match=r"pack; found a class folder without pictures"):
+        ImagesDataset(write_zip(tmp_path, {"pack/readme.txt": b"x"}))
+
+
+def test_a_directory_wraps_nothing_and_suffixes_may_be_large(tmp_path: Path) -> None:
+    data = ImagesDataset(write_directory(tmp_path, {"cat/deep/x.PNG": png(1)}))
+    assert (data.class_names, len(data)) == (["cat"], 1)
+
+
 @both
 def test_hidden_files_and_folders_are_no_data(tmp_path: Path, write: Write, caplog: pytest.LogCaptureFixture) -> None:
     extra = {".cache/a.png": png(7), "cat/.hidden.png": png(8), "cat/.x/a.png": png(8), "__MACOSX/cat/a.png": b"?"}

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from acdit.data.build import build_dataset
 from acdit.data.latents import LatentsDataset
-from acdit.encoding import EncodeSettings, encode_dataset
+from acdit.encoding import encode_dataset
+from acdit.encoding_plan import EncodeSettings
 from acdit.errors import ConfigError, DataError, NonFiniteError
 from acdit.recipe import DataRecipe
 from tests import autoencoders

@@ -57,6 +57,7 @@ def test_a_class_list_is_read_with_and_without_numbers(tmp_path: Path) -> None:
         ("Archery/a.avi 1\n\nArchery/a.avi 1", None, r"line 3; found Archery/a\.avi for the second time"),
         ("Archery/a.avi 1\nTyping/a.avi", None, r"line 2; found no class number, and no classInd\.txt beside"),
         ("Archery/a.avi 1\nTyping/a.avi 1", None, "line 2; found number 1 for Typing; expected Archery, as before"),
+        ("Archery/a.avi 1\nArchery/b.avi 2", None, r"class numbers \[1, 2\] of 1 classes"),
         ("Archery/a.avi 1\nTyping/a.avi 3", None, r"class numbers \[1, 3\]"),
         ("Archery/a.avi 1\nTyping/a.avi 2", CLASSES, "line 2; found number 2 for Typing; expected 3"),
         ("YoYo/a.avi", CLASSES, "line 1; found class 'YoYo'; expected one of the 3"),
@@ -67,6 +68,31 @@ def test_a_wrong_list_is_refused_by_its_line(tmp_path: Path, lines: str, classes
     write(tmp_path, a=lines, **({} if classes is None else {"classInd": classes}))
     with pytest.raises(DataError, match=named):
         read_split_file(tmp_path / "a.txt", SUFFIXES, None)
+
+
+def test_a_class_list_that_is_given_goes_before_the_one_beside(tmp_path: Path) -> None:
+    write(tmp_path, a=TEST, classInd=CLASSES, mine="Typing\nDrumming\nArchery\n")
+    found = read_split_file(tmp_path / "a.txt", SUFFIXES, read_class_list(tmp_path / "mine.txt"))
+    assert (found.class_names, found.labels) == (["Typing", "Drumming", "Archery"], [1, 0])
+
+
+@pytest.mark.parametrize("folders", [("n01", "n02"), ("cat", "dog")])
+def test_folders_may_be_called_by_a_class_lists_keys_or_names(tmp_path: Path, folders: tuple[str, str]) -> None:
+    (tmp_path / "classes.json").write_text('{"0": ["n02", "dog"], "1": ["n01", "cat"]}')
+    write(tmp_path, a="".join(f"{folder}/a.avi\n" for folder in folders))
+    found = read_split_file(tmp_path / "a.txt", SUFFIXES, read_class_list(tmp_path / "classes.json"))
+    assert (found.class_names, found.labels) == (["dog", "cat"], [1, 0])
+
+
+def test_marks_and_large_letters_of_other_systems(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfArchery/A.AVI 1\r\n")
+    assert read_split_file(tmp_path / "a.txt", SUFFIXES, None).files == ["Archery/A.AVI"]
+
+
+def test_a_huge_list_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("acdit.data.split_files.MAX_BYTES", 10)
+    with pytest.raises(DataError, match=r"found \d+ bytes"):
+        read_split_file(write(tmp_path, a=TRAIN) / "a.txt", SUFFIXES, None)
 
 
 def test_no_list_at_all_is_refused(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -72,44 +71,48 @@ def test_an_avi_gives_the_same_clips_as_the_npz(tmp_path: Path) -> None:
     assert torch.equal(found, tchw(clips)[:, [0, 2, 4]])
 
 
-class FakeAv:
-    """As much of PyAV as is used here: a file's frames, one after the other, and how many were decoded."""
-
-    def __init__(self, frames: np.ndarray, width: int | None = None) -> None:
-        self.frames, self.decoded, self.asked = frames, 0, {}
-        codec = types.SimpleNamespace(width=width or frames.shape[2], height=frames.shape[1], options={})
-        self.streams = types.SimpleNamespace(video=[types.SimpleNamespace(codec_context=codec)])
-
-    def open(self, path: str, **options: Any) -> FakeAv:
-        self.asked = options
-        return self
-
-    def __enter__(self) -> FakeAv:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.closed = True
-
-    def decode(self, stream: Any) -> Iterator[Any]:
-        for frame in self.frames:
-            self.decoded += 1
-            yield types.SimpleNamespace(to_image=lambda frame=frame: Image.fromarray(frame))
-
-
 def test_of_a_video_no_more_is_decoded_than_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake = FakeAv(CLIPS[0])
-    monkeypatch.setitem(sys.modules, "av", fake)  # type: ignore[arg-type]
+    pytest.importorskip("av", reason="PyAV is in the extra video")
+    from acdit.data import video
+    from tests.data.videos import numbered, numbers, write_video
+
+    write_video(tmp_path / "a.avi", numbered(40), codec="mjpeg", pix_fmt="yuvj420p")
+    decoded, frames = 0, video._frames
+
+    def counting(*arguments: Any) -> Iterator[Any]:
+        nonlocal decoded
+        for frame in frames(*arguments):
+            decoded += 1
+            yield frame
+
+    monkeypatch.setattr(video, "_frames", counting)
+    clip = read_video(tmp_path / "a.avi", CUT, 3, None)
+    assert (tuple(clip.shape[:2]), clip.dtype) == ((4, 3), torch.uint8)
+    assert numbers(clip.transpose(0, 1)) == [0, 3, 6, 9]
+    assert decoded == 10
+
+
+def test_a_video_that_training_would_refuse_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("av", reason="PyAV is in the extra video")
+    from tests.data.videos import small_video
+
+    small_video(tmp_path / "a.mp4")
+    too_long = r"a\.mp4; found a clip of 12 frames; expected at least 13 \(--frames 13\)\. Fix: .*--frames 12"
+    with pytest.raises(DataError, match=too_long):
+        open_clips(str(tmp_path), ClipCut(13)).read(0, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr("acdit.data.video.MAX_FRAME_PIXELS", 1000)
+        with pytest.raises(DataError, match=r"a\.mp4; found a bad clip \(the header declares frames of 64×32"):
+            open_clips(str(tmp_path), CUT).read(0, 1)
     (tmp_path / "a.mp4").write_bytes(b"x")
-    clip = read_video(tmp_path / "a.mp4", CUT, 3, None)
-    assert torch.equal(clip, tchw(CLIPS)[0, [0, 3, 6, 9]])
-    assert fake.decoded == 10
-    assert fake.closed
-    assert fake.asked["options"]["protocol_whitelist"] == "file"
-    monkeypatch.setitem(sys.modules, "av", FakeAv(CLIPS[0], width=10**6))  # type: ignore[arg-type]
-    (tmp_path / "a.mp4").write_bytes(b"x")
-    monkeypatch.setattr("acdit.evaluation.clip_files.MAX_PIXELS", 1000)
-    with pytest.raises(DataError, match=r"a\.mp4.*declares 1000000×6"):
+    with pytest.raises(DataError, match=r"a\.mp4; found a bad clip"):
         open_clips(str(tmp_path), CUT).read(0, 1)
+
+
+def test_a_gif_with_huge_frames_is_refused_on_its_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("acdit.evaluation.clip_files.MAX_PIXELS", 23)
+    with pytest.raises(DataError, match=r"0\.gif; found a bad clip \(the header declares 4×6 pixels a frame"):
+        open_clips(str(gifs(tmp_path, GRAY)), CUT).read(0, 1)
 
 
 def test_gray_clips_are_one_channel_or_three_equal_ones_as_wanted(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from acdit import costs
+from acdit.data.build import require_used
 from acdit.model import ACDiTTransformer
 from acdit.recipe import Recipe, difference, load_recipe, recipe_from_dict, recipe_to_yaml, shipped_recipes
 from acdit.strict_yaml import read_yaml
@@ -117,6 +118,21 @@ def test_a_ucf101_recipe_is_the_papers(size: str) -> None:
     head = head_of(f"ucf101-{size}")
     assert f"FVD {FVD[size]} " in head
     assert "the paper's figure, not measured here" in head
+
+
+@pytest.mark.parametrize("name", VIDEO)
+def test_the_encode_command_in_a_head_makes_latents_that_fit_the_recipe(name: str) -> None:
+    from acdit.cli import _parsed
+
+    command, overrides = re.search(
+        r"(acdit encode .*? --output \S+) .*?(data\.kind=latents \S+)", head_of(name)
+    ).groups()
+    options = _parsed(shlex.split(command)[1:])
+    recipe = load_recipe(name, overrides.split())
+    assert options.output == recipe.data.root
+    assert (options.kind, options.size, options.frames) == ("clips", recipe.data.size, recipe.model.grid[0])
+    assert recipe.model.grid[1:] == [options.size // 8] * 2
+    require_used(recipe.data)
 
 
 @pytest.mark.parametrize("name", [*LARGE, *VIDEO])

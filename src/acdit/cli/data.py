@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from acdit.cli.parser import AddCommand, positive
+
+if TYPE_CHECKING:
+    from acdit.recipe import Recipe
 
 
 def add(command: AddCommand) -> None:
@@ -23,9 +29,12 @@ def _data(options: argparse.Namespace) -> None:
     from acdit.recipe import load_recipe
 
     recipe = load_recipe(options.recipe, options.overrides)
-    from acdit.data.build import build_dataset
+    from acdit.data.build import TEXT_KINDS, build_dataset
     from acdit.data.summary import summarize
 
+    if recipe.data.kind in TEXT_KINDS:
+        _text(recipe, None if options.all else options.samples)
+        return
     found = summarize(build_dataset(recipe.data), None if options.all else options.samples)
     clips = len(found.shape) == 4
     axes = ("channels", *(["frames"] if clips else []), "height", "width")
@@ -51,10 +60,30 @@ def _data(options: argparse.Namespace) -> None:
             "model.num_classes", found=f"{classes}, and {len(found.class_names)} classes in the data",
             expected="the same number", fix=f"set model.num_classes={len(found.class_names)}, or check data.root",
         )  # fmt: skip
-    if len(found.bad_files) > recipe.data.max_bad_files:
-        name, reason = next(iter(found.bad_files.items()))
+    _require_few(found.bad_files, recipe.data.max_bad_files, "clip" if clips else "picture")
+
+
+def _text(recipe: Recipe, at_most: int | None) -> None:
+    from acdit.data.build import build_dataset
+    from acdit.data.text import TextDataset
+    from acdit.data.text_stream import TextStream
+    from acdit.data.text_summary import describe_text
+
+    # However many bad ones there are, they are listed first.
+    lenient = recipe.data if recipe.data.kind == "builtin_text" else replace(recipe.data, max_bad_files=2**31 - 1)
+    dataset = build_dataset(lenient)
+    assert isinstance(dataset, TextDataset | TextStream)
+    print("\n".join(f"{name:<16} {value}" for name, value in describe_text(dataset, at_most)))
+    _require_few(dataset.bad_files.reasons, recipe.data.max_bad_files, "text")
+
+
+def _require_few(bad_files: Mapping[str, str], limit: int, what: str) -> None:
+    from acdit.errors import DataError
+
+    if len(bad_files) > limit:
+        name, reason = next(iter(bad_files.items()))
         raise DataError(
-            name, found=f"a bad {'clip' if clips else 'picture'} ({reason}), the first of {len(found.bad_files)}",
-            expected=f"at most {recipe.data.max_bad_files} (data.max_bad_files)",
+            name, found=f"a bad {what} ({reason}), the first of {len(bad_files)}",
+            expected=f"at most {limit} (data.max_bad_files)",
             fix="repair or remove the file, or raise data.max_bad_files to skip some",
         )  # fmt: skip

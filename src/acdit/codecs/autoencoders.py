@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from acdit.errors import ConfigError, first_line
 from acdit.provenance import update_with_weights
@@ -33,7 +33,7 @@ def load_vae(name: str, subfolder: str | None = None) -> Any:
         `AutoencoderKL`, `AutoencoderTiny`, `AutoencoderDC` or another class of diffusers with `encode` and `decode`.
 
     Raises:
-        ConfigError: there is none, it is no autoencoder, or weights are missing or misshaped.
+        ConfigError: there is none, it is no autoencoder or one of videos, or weights are missing or misshaped.
     """
     import diffusers
 
@@ -79,7 +79,22 @@ def load_vae(name: str, subfolder: str | None = None) -> Any:
             what, found=f"{len(wrong)} weights missing or misshaped ({', '.join(map(str, wrong[:3]))})",
             expected=f"all weights of {kind}", fix="use an undamaged copy",
         )  # fmt: skip
+    require_frame_by_frame(vae)
     return vae.eval().requires_grad_(False)
+
+
+def require_frame_by_frame(vae: Any) -> None:
+    """Refuse an autoencoder that codes several frames together: clips are coded frame by frame.
+
+    Raises:
+        ConfigError: it convolves over time.
+    """
+    if any(isinstance(module, nn.Conv3d) for module in vae.modules()):
+        raise ConfigError(
+            f"vae: {type(vae).__name__}", found="an autoencoder of videos, which codes several frames together",
+            expected="one of pictures: clips are coded frame by frame",
+            fix="use AutoencoderKL, AutoencoderTiny, AutoencoderDC or another of pictures",
+        )  # fmt: skip
 
 
 def vae_sha256(vae: Any) -> str:

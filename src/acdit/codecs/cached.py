@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class CachedLatentsCodec:
-    """What training does with a batch of cached latents (B, V, P, C, h, w), as `LatentsDataset` yields them.
+    """What training does with a batch of cached latents (B, V, P, C, [T,] h, w), as `LatentsDataset` yields them.
 
     V views: the picture, and where cached the mirrored one. P parts: the latent, or mean and standard deviation of the
     posterior.
@@ -21,16 +21,16 @@ class CachedLatentsCodec:
 
     @staticmethod
     def flip(stored: Tensor, flipped: Tensor) -> Tensor:
-        """Pick the view: the mirrored one where `flipped` (B,) says so. (B, 2, P, C, h, w) → (B, 1, P, C, h, w)."""
+        """Pick the view: the mirrored one where `flipped` (B,) says so. (B, 2, P, …) → (B, 1, P, …)."""
         rows = torch.arange(len(stored), device=stored.device)
         return stored[rows, flipped.long()][:, None]
 
     def noise_shape(self, data_shape: tuple[int, ...]) -> tuple[int, ...] | None:
-        """Shape of the noise that `encode` wants for one sample (C, h, w); None: none."""
+        """Shape of the noise that `encode` wants for one sample (C, [T,] h, w); None: none."""
         return data_shape if self.posterior == "sample" else None
 
     def encode(self, stored: Tensor, noise: Tensor | None = None) -> Tensor:
-        """(B, V, P, C, h, w) → fp32 (B, C, h, w), the first view."""
+        """(B, V, P, C, [T,] h, w) → fp32 (B, C, [T,] h, w), the first view."""
         parts = stored[:, 0].float()
         if self.posterior == "mode":
             return parts[:, 0]

@@ -7,32 +7,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from acdit.codecs.autoencoders import LatentScale, latent_channels, spatial_factor
+from acdit.codecs.autoencoders import LatentScale, latent_channels, require_frame_by_frame, spatial_factor
 from acdit.codecs.pixels import flip_pictures
 from acdit.errors import ConfigError
 
 POSTERIORS = ("mode", "sample")
+FRAMES_AT_ONCE = 16
 
 
 class VAECodec:
     """Pictures ↔ latents of any diffusers autoencoder with `encode` and `decode`.
 
     Model space is (latent − shift) · scaling, as the autoencoder's config states them (`LatentScale`: also means and
-    deviations per channel). Videos (B, C, T, H, W) are coded frame by frame. Autoencoders without a posterior
-    (`AutoencoderTiny`, `AutoencoderDC`, VQ) have standard deviation 0.
+    deviations per channel). Clips (B, C, T, H, W) are coded frame by frame, a few frames at a time: memory does not
+    grow with them. Autoencoders without a posterior (`AutoencoderTiny`, `AutoencoderDC`, VQ) have standard deviation 0.
 
     Args:
         vae: `AutoencoderKL`, `AutoencoderTiny`, `AutoencoderDC` or another with their interface.
         posterior: "mode", or "sample": encoding then needs noise or a generator.
+        frames_at_once: of clips; pictures are coded as they come.
 
     Raises:
-        ConfigError: an unknown posterior, or contradicting scales in the autoencoder's config.
+        ConfigError: an unknown posterior, an autoencoder of videos, or contradicting scales in its config.
     """
 
-    def __init__(self, vae: Any, posterior: str = "mode") -> None:
+    def __init__(self, vae: Any, posterior: str = "mode", frames_at_once: int = FRAMES_AT_ONCE) -> None:
         if posterior not in POSTERIORS:
             raise ConfigError("codec.posterior", found=repr(posterior), expected=f"one of {POSTERIORS}")
-        self.vae, self.posterior = vae, posterior
+        require_frame_by_frame(vae)
+        self.vae, self.posterior, self._frames_at_once = vae, posterior, frames_at_once
         self.scale = LatentScale.of(vae)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
@@ -74,16 +77,10 @@ class VAECodec:
         Returns:
             fp32 (B, C, [T,] h, w), twice.
         """
-        pixels = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
         frames, clip = self._frames(pixels)
-        encoded = self.vae.encode((frames * 2 - 1).to(self.vae.device, self.vae.dtype))
-        if hasattr(encoded, "latent_dist"):
-            mean, std = encoded.latent_dist.mode().float(), encoded.latent_dist.std.float()
-        else:
-            # AutoencoderTiny and VQ say `latents`, AutoencoderDC says `latent`.
-            mean = (encoded.latents if hasattr(encoded, "latents") else encoded.latent).float()
-            std = torch.zeros_like(mean)
-        return self._clips(self.scale.to_model(mean), clip), self._clips(self.scale.std_to_model(std), clip)
+        means, stds = zip(*map(self._posterior_of, self._parts(frames, clip)), strict=True)
+        mean, std = self.scale.to_model(torch.cat(means)), self.scale.std_to_model(torch.cat(stds))
+        return self._clips(mean, clip), self._clips(std, clip)
 
     @torch.no_grad()
     def encode(self, pixels: Tensor, noise: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
@@ -110,9 +107,24 @@ class VAECodec:
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, [T,] h, w) → float pictures (B, 3, H, W) or clips (B, 3, T, H, W), clamped to [0, 1]."""
         frames, clip = self._frames(latents)
-        frames = self.scale.to_latent(frames).to(self.vae.device, self.vae.dtype)
-        pixels = self.vae.decode(frames, return_dict=False)[0]
-        return self._clips((pixels.float() / 2 + 0.5).clamp(0, 1), clip)
+        return self._clips(torch.cat([self._pixels_of(part) for part in self._parts(frames, clip)]), clip)
+
+    def _posterior_of(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the autoencoder's own latents, fp32."""
+        pictures = pictures.float() / 255 if pictures.dtype == torch.uint8 else pictures
+        encoded = self.vae.encode((pictures * 2 - 1).to(self.vae.device, self.vae.dtype))
+        if hasattr(encoded, "latent_dist"):
+            return encoded.latent_dist.mode().float(), encoded.latent_dist.std.float()
+        # AutoencoderTiny and VQ say `latents`, AutoencoderDC says `latent`.
+        mean = (encoded.latents if hasattr(encoded, "latents") else encoded.latent).float()
+        return mean, torch.zeros_like(mean)
+
+    def _pixels_of(self, latents: Tensor) -> Tensor:
+        scaled = self.scale.to_latent(latents).to(self.vae.device, self.vae.dtype)
+        return (self.vae.decode(scaled, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
+
+    def _parts(self, frames: Tensor, clip: int | None) -> tuple[Tensor, ...]:
+        return (frames,) if clip is None else frames.split(self._frames_at_once)
 
     @staticmethod
     def _frames(x: Tensor) -> tuple[Tensor, int | None]:

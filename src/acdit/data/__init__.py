@@ -1,4 +1,4 @@
-"""Data sets: maps from index to (uint8 picture or clip, or cached latents, class), and streams of pictures."""
+"""Data sets: maps from index to (uint8 picture or clip, cached latents or token ids, class), and streams."""
 
 from acdit.data.clips import ClipsDataset
 from acdit.data.digits import DigitsDataset
@@ -8,7 +8,9 @@ from acdit.data.images import ImagesDataset
 from acdit.data.latents import LatentsDataset
 from acdit.data.moving import MovingDigitsDataset
 from acdit.data.shards import ShardsDataset
-from acdit.data.stream import StreamDataset
+from acdit.data.stream import PictureStream, StreamDataset
+from acdit.data.text import TextDataset
+from acdit.data.text_stream import TextStream
 
 __all__ = [
     "ClipsDataset",
@@ -18,6 +20,9 @@ __all__ = [
     "ImagesDataset",
     "LatentsDataset",
     "MovingDigitsDataset",
+    "PictureStream",
     "ShardsDataset",
     "StreamDataset",
+    "TextDataset",
+    "TextStream",
 ]

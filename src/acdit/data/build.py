@@ -8,6 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from acdit.codecs.text import Tokenizer
 from acdit.data.classes import read_class_list
 from acdit.data.clips import ClipsDataset
 from acdit.data.digits import DigitsDataset
@@ -18,20 +19,27 @@ from acdit.data.images import ImagesDataset
 from acdit.data.latents import LatentsDataset
 from acdit.data.moving import moving_digits, moving_idx
 from acdit.data.shards import ShardsDataset
-from acdit.data.stream import StreamDataset
+from acdit.data.stream import PictureStream, StreamDataset
+from acdit.data.text_build import build_text
 from acdit.errors import ConfigError
 from acdit.recipe import DataRecipe
 
-KINDS = ("digits", "images", "idx", "webdataset", "hf", "latents", "clips", "moving_digits", "moving_idx")
+TEXT_KINDS = ("text", "hf_text", "builtin_text")
+PICTURE_KINDS = ("digits", "images", "idx", "webdataset", "hf", "latents", "clips", "moving_digits", "moving_idx")
+KINDS = PICTURE_KINDS + TEXT_KINDS
 # Settings that only some kinds have a use for: elsewhere they must keep their default.
 _ONLY_FOR = {
-    "max_bad_files": ("images", "webdataset", "hf", "clips"),
-    "crop": ("images", "idx", "webdataset", "hf", "clips"),
+    "max_bad_files": ("images", "webdataset", "hf", "clips", "text", "hf_text"),
+    "root": tuple(kind for kind in KINDS if kind != "builtin_text"),
+    "size": PICTURE_KINDS,
+    "channels": PICTURE_KINDS,
+    "flip": PICTURE_KINDS,
+    "crop": ("images", "idx", "webdataset", "hf", "clips", *TEXT_KINDS),
     "classes": ("images", "idx", "webdataset", "hf", "clips", "moving_idx"),
     "image_column": ("hf",),
     "label_column": ("webdataset", "hf"),
-    "streaming": ("hf",),
-    "shuffle_buffer": ("hf",),
+    "streaming": ("hf", "hf_text"),
+    "shuffle_buffer": ("hf", "hf_text"),
     "frames": ("clips", "moving_digits", "moving_idx"),
     "frame_stride": ("clips",),
     "fps": ("clips",),
@@ -39,14 +47,22 @@ _ONLY_FOR = {
     "short_clips": ("clips",),
     "split_file": ("clips",),
     "digits_per_clip": ("moving_idx",),
+    "tokenizer": TEXT_KINDS,
+    "sequence_length": TEXT_KINDS,
+    "wrap": TEXT_KINDS,
+    "document": ("text",),
+    "text_column": ("text", "hf_text"),
+    "held_out": ("text", "hf_text"),
+    "subset": ("hf", "hf_text"),
+    "cache": ("text", "hf_text"),
 }
 
 
 class Dataset(Protocol):
     """What the trainer reads: a map from index to (uint8 (C, H, W), or (C, T, H, W) of clips, class).
 
-    Of cached latents the items are those of `LatentsDataset`. A `StreamDataset` has no length and no index; `length`
-    tells them apart.
+    Of cached latents the items are those of `LatentsDataset`, of text those of `TextDataset`: (int64 (S,), 0). A
+    `StreamDataset` has no length and no index; `length` tells them apart.
     """
 
     num_classes: int
@@ -54,7 +70,7 @@ class Dataset(Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(C, H, W) of every picture, (C, T, H, W) of every clip, or (C, h, w) of every latent."""
+        """(C, H, W) of every picture, (C, T, H, W) of every clip, (C, h, w) of every latent, or (S,) of text."""
         ...
 
     def __len__(self) -> int: ...
@@ -92,12 +108,16 @@ def require_used(recipe: DataRecipe) -> None:
             )  # fmt: skip
 
 
-def build_dataset(recipe: DataRecipe, posterior: str = "mode") -> Dataset | StreamDataset:
+def build_dataset(
+    recipe: DataRecipe, posterior: str = "mode", clips_per_file: int = 1, tokenizer: Tokenizer | None = None
+) -> Dataset | StreamDataset:
     """The data set a recipe names.
 
     Args:
         recipe: what to read.
         posterior: "mode" or "sample", of cached latents.
+        clips_per_file: see `ClipsDataset`.
+        tokenizer: of text, a model's own instead of the one that data.tokenizer names.
 
     Raises:
         ConfigError: an unknown kind, a missing root, or a setting that this kind has no use for.
@@ -105,20 +125,25 @@ def build_dataset(recipe: DataRecipe, posterior: str = "mode") -> Dataset | Stre
     """
     require_used(recipe)
     usual = DataRecipe(kind="hf").shuffle_buffer
-    if recipe.kind == "hf" and not recipe.streaming and recipe.shuffle_buffer != usual:
+    if recipe.kind in ("hf", "hf_text") and not recipe.streaming and recipe.shuffle_buffer != usual:
         raise ConfigError(
             "data.shuffle_buffer", found=f"{recipe.shuffle_buffer}, without data.streaming=true",
             expected=f"{usual}: data that are no stream are shuffled whole",
         )  # fmt: skip
-    if recipe.crop == "random" and recipe.size is None:
+    if recipe.crop == "random" and recipe.size is None and recipe.kind not in TEXT_KINDS:
         raise ConfigError("data.crop", found="random, without data.size", expected="a size to crop to")
     if recipe.kind in ("digits", "moving_digits"):
         return _build_digits(recipe)
+    if recipe.kind == "builtin_text":
+        return build_text(recipe, tokenizer)
     if recipe.root is None:
+        what = recipe.kind.removeprefix("moving_")
         raise ConfigError(
-            "data.root", found="nothing", expected=f"where the {recipe.kind.removeprefix('moving_')} lie",
+            "data.root", found="nothing", expected="where the text lies" if "text" in what else f"where the {what} lie",
             fix="add data.root=/path/to/data",
         )  # fmt: skip
+    if recipe.kind in TEXT_KINDS:
+        return build_text(recipe, tokenizer)
     if recipe.kind == "latents":
         return _build_latents(recipe, posterior)
     classes = None if recipe.classes is None else read_class_list(recipe.classes)
@@ -132,13 +157,13 @@ def build_dataset(recipe: DataRecipe, posterior: str = "mode") -> Dataset | Stre
     if recipe.kind == "hf":
         columns = (recipe.image_column, recipe.label_column, classes)
         if recipe.streaming:
-            return StreamDataset(*files, *columns, recipe.shuffle_buffer, recipe.num_workers)
-        return HFDataset(*files, *columns)
+            return PictureStream(*files, *columns, recipe.shuffle_buffer, recipe.num_workers, recipe.subset)
+        return HFDataset(*files, *columns, recipe.subset)
     if recipe.kind == "webdataset":
         return ShardsDataset(*files, recipe.label_column, classes)
     if recipe.kind == "clips":
         choice = FrameChoice(recipe.frames, recipe.frame_stride, recipe.fps, recipe.start, recipe.short_clips)
-        return ClipsDataset(*files, classes, choice, recipe.split_file)
+        return ClipsDataset(*files, classes, choice, recipe.split_file, clips_per_file)
     return ImagesDataset(*files, classes)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor
 
 from acdit.data.class_folders import ClassFolders, layout
@@ -39,9 +40,13 @@ class ClipsDataset(LabelledFiles):
         classes: order and names of the classes; without `split_file` the folders must be exactly these.
         choice: which frames of a file make its clip.
         split_file: one of UCF-101's lists instead of folders (see `read_split_file`).
+        clips_per_file: several: every file is as many samples, one after the other; their clips begin at places evenly
+            spread over the file (sample k of n in the middle of the k-th n-th of all places a clip may begin at). Where
+            there are fewer places than clips, some clips are equal.
 
     Raises:
-        ConfigError: PyAV is missing; channels other than 1 or 3, a size below 1, both a split and a split file.
+        ConfigError: PyAV is missing; channels other than 1 or 3, a size below 1, both a split and a split file, several
+            clips a file from a place that is fixed.
         DataError: no such directory, no class folders, one without clips, other classes than the list's, files of the
             split file that are missing, or what `read_split_file` refuses.
     """
@@ -56,10 +61,17 @@ class ClipsDataset(LabelledFiles):
         classes: ClassList | None = None,
         choice: FrameChoice | None = None,
         split_file: str | Path | None = None,
+        clips_per_file: int = 1,
     ) -> None:
         require_av()
         super().__init__(channels, size, max_bad_files, "clip")
-        self.root, self.choice = Path(root), choice or FrameChoice()
+        self.root, self.choice, self._per_file = Path(root), choice or FrameChoice(), clips_per_file
+        if clips_per_file > 1 and self.choice.start != "random":
+            raise ConfigError(
+                "data.start",
+                found=f"{self.choice.start!r}, and {clips_per_file} clips a file",
+                expected="one of the two",
+            )
         if not self.root.is_dir():
             found = "a file" if self.root.exists() else "no such directory"
             raise DataError(
@@ -75,16 +87,18 @@ class ClipsDataset(LabelledFiles):
                 raise ConfigError("data.split", found=f"{split!r}, and data.split_file", expected="one of the two")
             files = read_split_file(split_file, SUFFIXES, classes)
             self._require_all(files.files, split_file)
-        self._files = files.files
-        self._set_labels(files.labels, files.class_names)
+        self._files = [file for file in files.files for _ in range(clips_per_file)]
+        self._set_labels(np.repeat(files.labels, clips_per_file), files.class_names)
 
     def describe(self, index: int) -> str:
         """Path of the clip."""
         return str(self.root / self._files[index])
 
     def listing(self) -> Iterator[tuple[str, int]]:
-        """(path below the root, class) of every index."""
-        return zip(self._files, self.labels.tolist(), strict=True)
+        """(path below the root, class) of every index; of several clips a file, the path with the clip's number."""
+        several = self._per_file > 1
+        for index, (file, label) in enumerate(zip(self._files, self.labels.tolist(), strict=True)):
+            yield f"{file}#{index % self._per_file}" if several else file, label
 
     def placed(self, index: int, crop: Sequence[float] | None, start: float | None) -> tuple[Tensor, int]:
         """As `[index]`, cropped where the draws `crop` say (see `random_crop`) and from where the draw `start` says."""
@@ -99,6 +113,8 @@ class ClipsDataset(LabelledFiles):
 
     def _decode(self, index: int, place: Place | None) -> Tensor:
         crop, start = place or (None, None)
+        if start is None and self._per_file > 1:
+            start = (index % self._per_file + 0.5) / self._per_file
         fit = partial(fitted, channels=self._channels, size=self._size, place=crop)
         return read_clip(self.root / self._files[index], self.choice, fit, self._size, start)
 

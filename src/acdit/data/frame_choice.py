@@ -18,6 +18,14 @@ class BadClip(BadPicture):
     """This clip cannot be used; the message says why."""
 
 
+class TooShort(BadClip):
+    """Fewer frames than a clip has; `found` says how many."""
+
+    def __init__(self, found: int, needed: int, fps: float | None = None) -> None:
+        super().__init__(f"{found} frames{'' if fps is None else f' at {fps:g} a second'}, {needed} needed")
+        self.found = found
+
+
 @dataclass(frozen=True)
 class Timeline:
     """When the displayed frames of a video begin.
@@ -65,7 +73,7 @@ class FrameChoice:
         short: what becomes of a video with too few frames: "error", or "loop": from its first frame, over and over.
 
     Raises:
-        ConfigError: fewer than one frame, a stride below 1, a rate of 0 or less, an unknown name.
+        ConfigError: fewer than one frame, a stride below 1, a rate below 0.001 or above 1000, an unknown name.
     """
 
     frames: int = 16
@@ -78,8 +86,8 @@ class FrameChoice:
         for name, value in (("frames", self.frames), ("frame_stride", self.stride)):
             if value < 1:
                 raise ConfigError(f"data.{name}", found=str(value), expected="at least 1")
-        if self.fps is not None and self.fps <= 0:
-            raise ConfigError("data.fps", found=str(self.fps), expected="more than 0")
+        if self.fps is not None and not 1e-3 <= self.fps <= 1000:  # NaN neither
+            raise ConfigError("data.fps", found=str(self.fps), expected="0.001 … 1000")
         for name, chosen, known in (("start", self.start, STARTS), ("short_clips", self.short, SHORT_CLIPS)):
             if chosen not in known:
                 raise ConfigError(f"data.{name}", found=repr(chosen), expected=f"one of {known}")
@@ -97,15 +105,14 @@ class FrameChoice:
             draw: uniform in [0, 1), of start="random"; None: from the centre.
 
         Raises:
-            BadClip: too few frames.
+            TooShort: too few frames.
         """
         rate = None if self.fps is None else Fraction(self.fps).limit_denominator(100_000)
         count = len(timeline)
         if rate is not None and count:
             count = max(1, round(timeline.end * timeline.tick * rate))
         if count == 0 or (count < self.span and self.short == "error"):
-            at = "" if self.fps is None else f" at {self.fps:g} a second"
-            raise BadClip(f"{count} frames{at}, {self.span} needed")
+            raise TooShort(count, self.span, self.fps)
         room = max(0, count - self.span)
         if self.start == "random" and draw is not None:
             first = int(draw * (room + 1))

@@ -28,13 +28,14 @@ EXPECTED = (
 _LISTED_AT_ONCE = 1000  # rows
 
 
-def load_table(root: str, split: str, streaming: bool) -> Any:
+def load_table(root: str, split: str, streaming: bool, subset: str | None = None) -> Any:
     """What `data.root` names, as `datasets` has it.
 
     Args:
         root: see `EXPECTED`.
         split: of the data set; files named one by one are all of whatever split is asked for.
         streaming: a data set to go through (`IterableDataset`) instead of one with rows by number.
+        subset: which configuration of a data set on the hub.
 
     Raises:
         ConfigError: the library is not installed.
@@ -66,7 +67,7 @@ def load_table(root: str, split: str, streaming: bool) -> Any:
             return datasets.load_dataset(kind, data_dir=root, split=split, streaming=streaming)
         if place.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", root):
             raise DataError(where, found="nothing that can be read", expected=EXPECTED)
-        return datasets.load_dataset(root, split=split, streaming=streaming)
+        return datasets.load_dataset(root, subset, split=split, streaming=streaming)
     except AcditError:
         raise
     except Exception as error:  # the library's own, pyarrow's, the hub's, the network's
@@ -210,6 +211,7 @@ class HFDataset(LabelledPictures):
         max_bad_files: how many pictures may be bad.
         image_column, label_column: which columns to read.
         classes: order and names of the classes; None takes the table's.
+        subset: see `load_table`.
 
     Raises:
         ConfigError, DataError: see `load_table`, `undecoded` and `Labels`; a label out of range.
@@ -225,10 +227,13 @@ class HFDataset(LabelledPictures):
         image_column: str = "image",
         label_column: str = "label",
         classes: ClassList | None = None,
+        subset: str | None = None,
     ) -> None:
         super().__init__(channels, size, max_bad_files)
         self._root, self._where = root, f"data.root {root}, split {split!r}"
-        table = undecoded(load_table(root, split, streaming=False), image_column, label_column, self._where)
+        table = undecoded(
+            load_table(root, split, streaming=False, subset=subset), image_column, label_column, self._where
+        )
         column = table.select_columns([label_column]).with_format("arrow")[:][label_column].to_pylist()
         labels = Labels(table.features[label_column], classes, sorted(set(column), key=str), self._where)
         indices = [labels.index(value, self._row(number)) for number, value in enumerate(column)]

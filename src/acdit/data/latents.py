@@ -1,7 +1,7 @@
 """Latents that `acdit encode` left: read from memory-mapped shards, never the whole set in memory.
 
     manifest.json             what was encoded, by which autoencoder, how; the shards with their sha256
-    shard-00000.safetensors   "latents" (M, V, C, h, w), or "mean" and "std" of the posterior; "labels" (M,)
+    shard-00000.safetensors   "latents" (M, V, C, [T,] h, w), or "mean" and "std" of the posterior; "labels" (M,)
     shard-00000.json          the shard's commit marker, from which the manifest is made
 
 V is 1, or 2 where the mirrored view was encoded too. Values are in model space.
@@ -75,7 +75,7 @@ class LatentsManifest:
 
     vae: VAEIdentity
     latent_shape: list[int]
-    """[C, h, w]"""
+    """[C, h, w], of clips [C, T, h, w]"""
     dtype: str
     posterior: str
     """"mode", "sample" (drawn once), or "moments" (mean and standard deviation)."""
@@ -90,12 +90,14 @@ class LatentsManifest:
     class_names: list[str]
     samples: int
     files_sha256: str
-    """Over what tells the samples from others, and their classes, in order (`LabelledPictures.listing`)."""
+    """Over what tells the samples from others, and their classes, in order (`LabelledFiles.listing`)."""
     channel_mean: list[float]
     channel_std: list[float]
     bad_files: dict[str, str]
     shards: list[Shard]
     versions: dict[str, str]
+    clips: dict[str, Any] | None = None
+    """Which frames of the files, as `EncodeSettings` calls them; None: pictures."""
 
     @property
     def std(self) -> float:
@@ -113,6 +115,8 @@ class LatentsManifest:
     def text(self) -> str:
         """The manifest file, with its own digest."""
         content = {"kind": KIND, "format": FORMAT, **asdict(self)}
+        if self.clips is None:
+            del content["clips"]
         digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
         return json.dumps({**content, "sha256": digest}, indent=2) + "\n"
 
@@ -153,8 +157,8 @@ def read_manifest(root: str | Path) -> LatentsManifest:
 class LatentsDataset:
     """Cached latents by index.
 
-    Items are (V, P, C, h, w) and the class: V views (the picture; the mirrored one if `flip`), P parts (the latent, or
-    mean and standard deviation if `posterior` is "sample" and moments were cached).
+    Items are (V, P, C, h, w), of clips (V, P, C, T, h, w), and the class: V views (the picture; the mirrored one if
+    `flip`), P parts (the latent, or mean and standard deviation if `posterior` is "sample" and moments were cached).
 
     Args:
         root: what `acdit encode` left.
@@ -180,9 +184,8 @@ class LatentsDataset:
         self._names = ("mean", "std") if moments and posterior == "sample" else ("mean",) if moments else ("latents",)
         self.class_names = list(self.manifest.class_names)
         self.num_classes = len(self.class_names)
-        channels, height, width = self.manifest.latent_shape
-        self.shape = (channels, height, width)
-        """(C, h, w) of a latent."""
+        self.shape = tuple(self.manifest.latent_shape)
+        """(C, [T,] h, w) of a latent."""
         self._stops: list[int] = []
         for shard in self.manifest.shards:
             self._require_size(shard)
@@ -198,7 +201,7 @@ class LatentsDataset:
         return self._stops[-1] if self._stops else 0
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """(V, P, C, h, w) in the cached dtype, and the class.
+        """(V, P, C, [T,] h, w) in the cached dtype, and the class.
 
         Raises:
             NonFiniteError: the cached values are NaN or infinite.

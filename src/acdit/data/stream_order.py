@@ -18,6 +18,10 @@ from acdit import draws
 from acdit.errors import DataError, StorageError
 
 
+class EmptyStream(DataError):
+    """No part of the stream has a row."""
+
+
 class Part(Protocol):
     """A file, or another part of a stream, that can go on from a state; `datasets.IterableDataset` is one."""
 
@@ -77,7 +81,7 @@ class _Endless:
         self._part, self._row, self._place = None, 0, self._place + 1
         if self._place == self._num_parts:
             if self._rows_in_epoch == 0:
-                raise DataError("data.root", found="a stream without rows", expected="at least one")
+                raise EmptyStream("data.root", found="a stream without rows", expected="at least one")
             self._epoch, self._place, self._rows_in_epoch = self._epoch + 1, 0, 0
 
     def state(self) -> dict[str, Any]:

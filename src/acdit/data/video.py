@@ -38,6 +38,8 @@ _CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,avi,matroska,webm,gif"
 # Codecs whose every packet is one displayed frame: only there does a packet's time tell a frame's number. Others hide
 # frames (VP8) or pack two frames into a packet (XviD): they are decoded from the start and counted.
 _FRAME_A_PACKET = ("h264", "hevc", "av1", "vp9", "mjpeg", "ffv1", "png", "rawvideo", "huffyuv", "prores")
+# Decoders that find more damage when told to stop at the first error, as measured (docs/reliability.md).
+_STOPS_AT_ERRORS = ("mjpeg", "hevc")
 _UPRIGHT = {
     90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, -180: Image.Transpose.ROTATE_180,
     -90: Image.Transpose.ROTATE_270,
@@ -231,7 +233,8 @@ def _opened(path: Path, size: tuple[int, int] | None) -> Iterator[tuple[Any, Any
             _judge(stream, path.stat().st_size, size)
             # Loaders have their own processes: a decoder with threads for every core in each would only fight.
             stream.codec_context.thread_count = 1
-            stream.codec_context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}
+            strict = {"err_detect": "explode"} if stream.codec_context.name in _STOPS_AT_ERRORS else {}
+            stream.codec_context.options = {"max_pixels": str(MAX_FRAME_PIXELS), **strict}
             yield container, stream
     except BadClip:
         raise

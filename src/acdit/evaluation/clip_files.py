@@ -6,20 +6,17 @@ import re
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from acdit.data.picture import MAX_PIXELS, BadPicture, decode_picture, resize_and_crop
+from acdit.data.frame_choice import FrameChoice, TooShort
+from acdit.data.picture import MAX_PIXELS, BadPicture, decode_picture, fitted, height_width
+from acdit.data.video import read_clip
 from acdit.errors import ConfigError, first_line
-
-VIDEO_SUFFIXES = (".mp4", ".avi", ".webm", ".mov", ".mkv", ".gif")
-# A closed list: FFmpeg also knows formats that open other files and addresses (playlists, concatenations).
-_CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,avi,matroska,webm"
 
 
 @dataclass(frozen=True)
@@ -52,14 +49,6 @@ class ClipCut:
         return {"frames": self.frames, "frame_stride": self.stride}
 
 
-class TooShort(BadPicture):
-    """A clip with fewer frames than are measured."""
-
-    def __init__(self, found: int, cut: ClipCut) -> None:
-        super().__init__(f"{found} frames, {cut.span} needed")
-        self.found = found
-
-
 def natural(path: str) -> list[str | tuple[int, str]]:
     """A key that sorts frame 2 before frame 10."""
     parts = re.split(r"(\d+)", path)
@@ -67,7 +56,7 @@ def natural(path: str) -> list[str | tuple[int, str]]:
 
 
 def read_video(path: Path, cut: ClipCut, channels: int, size: int | None) -> Tensor:
-    """The frames of a video file: gifs by PIL, others by PyAV (the extra `video`).
+    """The frames of a video file: gifs by PIL, so that they need no extra, others as training reads them (`read_clip`).
 
     Args:
         path: the file.
@@ -81,25 +70,29 @@ def read_video(path: Path, cut: ClipCut, channels: int, size: int | None) -> Ten
     Raises:
         ConfigError: PyAV is missing.
         TooShort: fewer frames than needed.
-        BadPicture: no video, a damaged one, or larger than `MAX_PIXELS` a frame.
+        BadPicture: no video, a damaged one, or one that is refused on its header.
     """
-    opened = _gif_frames(path) if path.suffix.lower() == ".gif" else _av_frames(path)
+    edges = height_width(size)
+    fit = partial(fitted, channels=channels, size=edges)
+    if path.suffix.lower() != ".gif":
+        _require_av(path)
+        return read_clip(path, FrameChoice(cut.frames, cut.stride, start="first"), fit, edges).transpose(0, 1)
     found: list[Tensor] = []
     count = 0
     try:
-        with closing(opened):
-            for number, picture in enumerate(opened):
+        with closing(_gif_frames(path)) as pictures:
+            for number, picture in enumerate(pictures):
                 count = number + 1
                 if number % cut.stride == 0:
-                    found.append(_as_tensor(picture, channels, size))
+                    found.append(fit(picture.convert("RGB")))
                 if count == cut.span:
                     break
-    except (BadPicture, ConfigError):
+    except BadPicture:
         raise
-    except Exception as error:  # decoders of damaged files raise OSError, EOFError, SyntaxError, FFmpeg's many, …
+    except Exception as error:  # PIL raises OSError, EOFError, SyntaxError, … on damaged files
         raise BadPicture(f"{type(error).__name__}: {first_line(error)}") from error
     if count < cut.span:
-        raise TooShort(count, cut)
+        raise TooShort(count, cut.span)
     return torch.stack(found)
 
 
@@ -111,7 +104,7 @@ def read_frames(paths: Sequence[Path], cut: ClipCut, channels: int, size: int | 
         BadPicture: a bad frame, or one of another size than the first; it is named.
     """
     if len(paths) < cut.span:
-        raise TooShort(len(paths), cut)
+        raise TooShort(len(paths), cut.span)
     found: list[Tensor] = []
     for path in paths[cut.places]:
         try:
@@ -125,7 +118,8 @@ def read_frames(paths: Sequence[Path], cut: ClipCut, channels: int, size: int | 
 
 def _gif_frames(path: Path) -> Generator[Image.Image, None, None]:
     with Image.open(path, formats=("GIF",)) as film:
-        _require_small(film.width, film.height)
+        if film.width * film.height > MAX_PIXELS:
+            raise BadPicture(f"the header declares {film.width}×{film.height} pixels a frame, more than {MAX_PIXELS}")
         number = 0
         while True:
             try:
@@ -136,35 +130,11 @@ def _gif_frames(path: Path) -> Generator[Image.Image, None, None]:
             number += 1
 
 
-def _av_frames(path: Path) -> Generator[Image.Image, None, None]:
+def _require_av(path: Path) -> None:
     try:
-        import av
+        import av  # noqa: F401
     except ImportError:
         raise ConfigError(
             str(path), found="no PyAV to decode it with", expected="the extra video",
             fix="pip install 'acdit[video]', or gifs, folders of frames or an .npz",
         ) from None  # fmt: skip
-    options = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "file"}
-    container: Any
-    with av.open(f"file:{path.absolute()}", metadata_errors="ignore", options=options) as container:
-        if not container.streams.video:
-            raise BadPicture("no video in it")
-        stream = container.streams.video[0]
-        _require_small(stream.codec_context.width, stream.codec_context.height)
-        stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
-        for frame in container.decode(stream):
-            yield frame.to_image()
-
-
-def _require_small(width: int, height: int) -> None:
-    if width * height > MAX_PIXELS:
-        raise BadPicture(f"the header declares {width}×{height} pixels a frame, more than {MAX_PIXELS}")
-
-
-def _as_tensor(picture: Image.Image, channels: int, size: int | None) -> Tensor:
-    """(C, H, W)."""
-    converted = picture.convert("RGB").convert("L" if channels == 1 else "RGB")
-    if size is not None:
-        converted = resize_and_crop(converted, size)
-    values = torch.from_numpy(np.array(converted))
-    return values[None] if values.ndim == 2 else values.permute(2, 0, 1).contiguous()

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from acdit.chunks import ChunkStore
+from acdit.data.frame_choice import TooShort
 from acdit.data.picture import SUFFIXES, BadPicture
 from acdit.data.sources import DirectorySource, is_hidden, parent
+from acdit.data.video import SUFFIXES as VIDEO_SUFFIXES
 from acdit.errors import ConfigError, DataError
-from acdit.evaluation.clip_files import VIDEO_SUFFIXES, ClipCut, TooShort, natural, read_frames, read_video
+from acdit.evaluation.clip_files import ClipCut, natural, read_frames, read_video
 from acdit.evaluation.image_sets import StoredSamples, settings_beside, with_channels
 from acdit.evaluation.npz_files import file_hash, read_batch
 
