@@ -3,7 +3,6 @@
 Annotations are real objects in this file (no `from __future__`): diffusers reads them when it loads a pipeline.
 """
 
-import importlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,8 @@ import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import BaseOutput
 
-from acdit.errors import ConfigError, StorageError
+from acdit.codecs import load_tokenizer, require_vocabulary
+from acdit.errors import ConfigError
 from acdit.model import ACDiTTransformer, SafetensorsOnly
 from acdit.sampling import Generators
 from acdit.text_sampling import (
@@ -44,46 +44,37 @@ class ACDiTTextPipeline(SafetensorsOnly, DiffusionPipeline):
 
     Args:
         transformer: a model with `vocab_size`.
-        tokenizer: has `encode(text) → ids` and `decode(ids) → text`; optionally `eos_token_id`; to be saved with the
-            pipeline, `save_pretrained(folder)`, and to be loaded with it, `from_pretrained(folder)` of a class of
-            `acdit.codecs`. None: token ids in, token ids out.
-        tokenizer_class: its name in `acdit.codecs`, as a saved pipeline remembers it.
+        tokenizer: an `acdit.codecs.Tokenizer`, saved into and loaded from tokenizer/ of the pipeline's folder. None:
+            token ids in, token ids out.
+        begins_with_bos: the model was trained on sequences that begin with BOS: it goes before prompts that are text,
+            and before nothing.
+
+    Raises:
+        ConfigError: a model of continuous data, a tokenizer of another number of tokens.
     """
 
-    def __init__(
-        self, transformer: ACDiTTransformer, tokenizer: Any = None, tokenizer_class: str | None = None
-    ) -> None:
+    def __init__(self, transformer: ACDiTTransformer, tokenizer: Any = None, begins_with_bos: bool = False) -> None:
         super().__init__()
         if transformer.mask_token is None:
             raise ConfigError("transformer", found="a model of continuous data", expected="one with vocab_size")
         self.register_modules(transformer=transformer)
-        self.register_to_config(tokenizer_class=tokenizer_class if tokenizer is None else type(tokenizer).__name__)
+        self.register_to_config(begins_with_bos=begins_with_bos)
         self.tokenizer = tokenizer
         self._require_same_vocabulary()
 
     def save_pretrained(self, save_directory: Any, *arguments: Any, **options: Any) -> None:
         """diffusers' own; the tokenizer goes into tokenizer/."""
         super().save_pretrained(save_directory, *arguments, **options)
-        if self.tokenizer is not None and hasattr(self.tokenizer, "save_pretrained"):
+        if self.tokenizer is not None:
             self.tokenizer.save_pretrained(Path(save_directory) / "tokenizer")
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **options: Any) -> Any:
-        """diffusers' own, with the tokenizer of a local folder.
-
-        Raises:
-            StorageError: the tokenizer's class is not one of `acdit.codecs`: only those are loaded.
-        """
+        """diffusers' own, with the tokenizer that lies in tokenizer/ of a local folder; no code is executed."""
         pipeline = super().from_pretrained(pretrained_model_name_or_path, **options)
-        folder, name = Path(str(pretrained_model_name_or_path)) / "tokenizer", pipeline.config.tokenizer_class
-        if pipeline.tokenizer is None and name is not None and folder.is_dir():
-            kind = getattr(importlib.import_module("acdit.codecs"), str(name), None)
-            if kind is None or not hasattr(kind, "from_pretrained"):
-                raise StorageError(
-                    str(folder), found=f"a tokenizer of class {name!r}", expected="a tokenizer of acdit.codecs",
-                    fix="ACDiTTextPipeline.from_pretrained(…, tokenizer=YOURS)",
-                )  # fmt: skip
-            pipeline.tokenizer = kind.from_pretrained(folder)
+        folder = Path(str(pretrained_model_name_or_path)) / "tokenizer"
+        if pipeline.tokenizer is None and folder.is_dir():
+            pipeline.tokenizer = load_tokenizer(str(folder))
             pipeline._require_same_vocabulary()
         return pipeline
 
@@ -148,17 +139,17 @@ class ACDiTTextPipeline(SafetensorsOnly, DiffusionPipeline):
         """
         if self.tokenizer is None:
             raise ConfigError("tokenizer", found="none", expected="one: only text can be streamed as text")
-        shown: list[str] = []
-        rows: list[list[int]] = []
+        streams: list[Any] = []
+        shown: list[int] = []
         for rows in self._rows(
             prompts, max_new_tokens, generator, batch_size, self._sampler(sampler, num_inference_steps, threshold),
             temperature, top_p, eos_token, None,
         ):  # fmt: skip
-            whole = [self.tokenizer.decode(row).rstrip("\ufffd") for row in rows]
-            shown = shown or [""] * len(whole)
-            yield [text[len(before) :] for text, before in zip(whole, shown, strict=True)]
-            shown = whole
-        rest = [self.tokenizer.decode(row)[len(before) :] for row, before in zip(rows, shown, strict=True)]
+            streams = streams or [self.tokenizer.stream() for _ in rows]
+            shown = shown or [0] * len(rows)
+            yield [stream.add(row[old:]) for stream, row, old in zip(streams, rows, shown, strict=True)]
+            shown = [len(row) for row in rows]
+        rest = [stream.finish() for stream in streams]
         if any(rest):
             yield rest
 
@@ -180,7 +171,6 @@ class ACDiTTextPipeline(SafetensorsOnly, DiffusionPipeline):
         written: list[list[int]] = []
         for block in blocks:
             if not written:
-                given = given or [[]]
                 given = given * len(block) if len(given) == 1 else given
                 first = min(map(len, given)) // length
                 written = [row[: first * length] for row in given]
@@ -190,8 +180,13 @@ class ACDiTTextPipeline(SafetensorsOnly, DiffusionPipeline):
             ]
 
     def _prompt_ids(self, prompts: Prompts) -> list[list[int]]:
+        begin: list[int] = []
+        if self.config.begins_with_bos:
+            if self.tokenizer is None:
+                raise ConfigError("tokenizer", found="none", expected="one: this model's texts begin with its BOS")
+            begin = [self.tokenizer.bos_token_id]
         if prompts is None:
-            return []
+            return [begin]
         if isinstance(prompts, torch.Tensor):
             return prompts.tolist()
         rows = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -199,7 +194,7 @@ class ACDiTTextPipeline(SafetensorsOnly, DiffusionPipeline):
             return [list(row) for row in rows]  # type: ignore[arg-type]
         if self.tokenizer is None:
             raise ConfigError("prompts", found="text", expected="token ids: this pipeline has no tokenizer")
-        return [list(self.tokenizer.encode(row)) for row in rows]
+        return [[*begin, *self.tokenizer.encode(str(row))] for row in rows]
 
     @staticmethod
     def _sampler(name: str, steps: int, threshold: float) -> Sampler:
@@ -210,12 +205,8 @@ class ACDiTTextPipeline(SafetensorsOnly, DiffusionPipeline):
         return ConfidenceSampler(threshold) if name == "confidence" else FirstHittingSampler()
 
     def _require_same_vocabulary(self) -> None:
-        size = getattr(self.tokenizer, "vocab_size", None)
-        if size is not None and size != self.transformer.config.vocab_size:
-            raise ConfigError(
-                "tokenizer", found=f"{size} tokens", expected=f"{self.transformer.config.vocab_size}, the model's",
-                fix="use the tokenizer that the model was trained with",
-            )  # fmt: skip
+        if self.tokenizer is not None:
+            require_vocabulary(self.tokenizer, self.transformer.config.vocab_size)
 
 
 def _cut(row: list[int], prompt: int, max_new_tokens: int | None, eos_token: int | None) -> list[int]:

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 
 @dataclass
 class ModelRecipe:
-    """Arguments of `ACDiTTransformer`. `preset` (B, L, XL, H) fills the sizes that are not given."""
+    """Arguments of `ACDiTTransformer`. `preset` (B, L, XL, H) fills the sizes that are not given; of text the data's
+    tokenizer a `vocab_size` that is not. `time_conditioning`: null is true, but false of text."""
 
     grid: list[int]
     block: list[int]
@@ -26,7 +27,7 @@ class ModelRecipe:
     sink_blocks: int = 0
     sink_positions: str = "true"
     vocab_size: int | None = None
-    time_conditioning: bool = True
+    time_conditioning: bool | None = None
 
 
 @dataclass

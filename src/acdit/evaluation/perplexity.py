@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from acdit import draws
+from acdit.codecs import Tokenizer
 from acdit.corruption import MaskingCorruption
 from acdit.corruption.masking import LOWEST_RATE
 from acdit.errors import ConfigError, DataError, NonFiniteError
@@ -135,6 +136,19 @@ def text_bound(
         num_draws=num_draws,
         protocol=_protocol(corruption, layout.num_tokens),
     )
+
+
+def count_characters(tokenizer: Tokenizer, batches: Iterable[Tensor], *, first_token_given: bool = False) -> int:
+    """Characters that the counted tokens stand for; one whose tokens lie in two sequences counts once.
+
+    Args:
+        tokenizer: of the ids.
+        batches: consecutive sequences (B, S).
+        first_token_given: as in `text_bound`.
+    """
+    stream = tokenizer.stream()
+    found = sum(len(stream.add(row[int(first_token_given) :])) for tokens in batches for row in tokens.tolist())
+    return found + len(stream.finish())
 
 
 def _averages(mean: Tensor, over: int, first_token_given: bool) -> list[float]:

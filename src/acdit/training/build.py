@@ -15,7 +15,7 @@ from torch import nn
 
 from acdit.corruption import GaussianCorruption, MaskingCorruption
 from acdit.costs import Architecture
-from acdit.data.build import Dataset, build_dataset, length
+from acdit.data.build import TEXT_KINDS, Dataset, build_dataset, length
 from acdit.data.stream import StreamDataset
 from acdit.errors import ConfigError, DataError
 from acdit.model import PRESETS, ACDiTTransformer
@@ -57,7 +57,7 @@ def assemble(
     no data."""
     corruption = _corruption(recipe)
     if isinstance(corruption, MaskingCorruption):
-        return ACDiTTextPipeline(model, tokenizer)
+        return ACDiTTextPipeline(model, tokenizer, begins_with_bos=recipe.data.wrap != "joined")
     names = {str(index): name for index, name in enumerate(class_names)}
     return ACDiTPipeline(
         model,
@@ -80,14 +80,20 @@ def load_pipeline(recipe: Recipe, folder: Path) -> Pipeline:
 def build(recipe: Recipe) -> Built:
     """Make model, corruption, codec and data set. The weights depend on the recipe's seed only.
 
+    The recipe of what is made has a `model.vocab_size` wherever the data are text: theirs, where none was given.
+
     Raises:
         ConfigError: parts that do not fit each other.
         DataError: the data are not what the recipe says.
     """
-    corruption = _corruption(recipe)
+    _check_corruption(recipe)
     dataset = build_dataset(recipe.data, recipe.codec.posterior)
     if length(dataset) == 0:
         raise DataError("data", found="no samples", expected="at least one", fix="check data.root and data.split")
+    if recipe.corruption.kind == "masking" and recipe.model.vocab_size is None:
+        filled = dataclasses.replace(recipe.model, vocab_size=getattr(dataset, "vocab_size", None))
+        recipe = dataclasses.replace(recipe, model=filled)
+    corruption = _corruption(recipe)
     model = build_model(recipe.model, recipe.seed)
     if recipe.train.precision == "fp64":
         model.double()
@@ -118,14 +124,16 @@ def build(recipe: Recipe) -> Built:
     )
 
 
-def _corruption(recipe: Recipe) -> Corruption:
-    """The recipe's corruption; it must be one for the model's data, and its settings of use to it."""
-    settings, kind, vocab_size = recipe.corruption, recipe.corruption.kind, recipe.model.vocab_size
-    if (kind == "masking") != (vocab_size is not None):
+def _check_corruption(recipe: Recipe) -> None:
+    """The recipe's corruption must be one for its data, and its settings of use to it; reads no data."""
+    settings, kind = recipe.corruption, recipe.corruption.kind
+    if (kind == "masking") != (recipe.data.kind in TEXT_KINDS):
         raise ConfigError(
-            "corruption.kind", found=f"{kind!r} with model.vocab_size={vocab_size}",
-            expected="'masking' for token ids (model.vocab_size), 'gaussian' for the rest",
+            "corruption.kind", found=f"{kind!r} with data.kind={recipe.data.kind}",
+            expected=f"'masking' for {', '.join(TEXT_KINDS)}, 'gaussian' for the rest",
         )  # fmt: skip
+    if kind == "gaussian" and recipe.model.vocab_size is not None:
+        raise ConfigError("model.vocab_size", found=str(recipe.model.vocab_size), expected="null: the data are no text")
     gaussian = [name for name in vars(settings) if name not in ("kind", "copies", *_MASKING_ONLY)]
     for name in gaussian if kind == "masking" else _MASKING_ONLY:
         usual = getattr(CorruptionRecipe(), name)
@@ -134,9 +142,20 @@ def _corruption(recipe: Recipe) -> Corruption:
                 f"corruption.{name}", found=repr(getattr(settings, name)),
                 expected=f"{usual!r}: corruption.kind={kind} has no use for it",
             )  # fmt: skip
+    if kind == "masking":
+        _masking(recipe, recipe.model.vocab_size or 1)
+
+
+def _corruption(recipe: Recipe) -> Corruption:
+    settings, vocab_size = recipe.corruption, recipe.model.vocab_size
     if vocab_size is None:
         known = inspect.signature(GaussianCorruption).parameters  # the rest is the batches' business
         return GaussianCorruption(**{name: value for name, value in vars(settings).items() if name in known})
+    return _masking(recipe, vocab_size)
+
+
+def _masking(recipe: Recipe, vocab_size: int) -> MaskingCorruption:
+    settings = recipe.corruption
     low, high = settings.mask_range
     length = math.prod(recipe.model.block)
     if settings.range_search_every is not None and length == 1:
@@ -157,6 +176,8 @@ def build_model(recipe: ModelRecipe, seed: int = 0) -> ACDiTTransformer:
         if value is not None:
             sizes[name] = value
     given["patch"] = given["patch"] or 1
+    if given["time_conditioning"] is None:
+        given["time_conditioning"] = given["vocab_size"] is None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return ACDiTTransformer(**given, **sizes)
@@ -213,22 +234,23 @@ def _check_data(
 
 
 def _check_text(recipe: Recipe, dataset: Any, model: ACDiTTransformer) -> None:
-    if getattr(dataset, "vocab_size", None) is None:
-        raise ConfigError(
-            "data.kind", found=f"{recipe.data.kind!r}, no token ids", expected="text: model.vocab_size is set",
-            fix="leave model.vocab_size out, or choose data of text",
-        )  # fmt: skip
     if dataset.vocab_size != model.config.vocab_size:
         raise ConfigError(
             "model.vocab_size", found=str(model.config.vocab_size), expected=f"{dataset.vocab_size}, as the data's "
-            "tokenizer has", fix=f"set model.vocab_size={dataset.vocab_size}",
+            "tokenizer has", fix=f"set model.vocab_size={dataset.vocab_size}, or leave it out",
         )  # fmt: skip
     if tuple(dataset.shape) != model.layout.grid:
         raise ConfigError(
-            "model.grid", found=str(list(model.layout.grid)), expected=f"{list(dataset.shape)}, the length of the texts"
-        )
-    if recipe.data.flip or recipe.model.num_classes is not None:
-        raise ConfigError("data.flip, model.num_classes", found="set", expected="false and null: text has neither")
+            "model.grid", found=str(list(model.layout.grid)), expected=f"{list(dataset.shape)}, data.sequence_length",
+            fix=f"set data.sequence_length={model.layout.num_tokens}, or change model.grid",
+        )  # fmt: skip
+    if recipe.model.num_classes is not None:
+        raise ConfigError("model.num_classes", found=str(recipe.model.num_classes), expected="null: text has no labels")
+    if recipe.corruption.first_token_given and recipe.data.wrap == "joined":
+        raise ConfigError(
+            "corruption.first_token_given", found="true with data.wrap=joined", expected="false, or a wrap with BOS",
+            fix="set data.wrap=bos: else the first token of a sequence is one of the text",
+        )  # fmt: skip
 
 
 def _check_sampling(recipe: Recipe) -> None:

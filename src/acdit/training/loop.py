@@ -77,13 +77,14 @@ class Trainer:
             raise ConfigError("resume, from", found="both", expected="one of the two")
         if recipe.train.threads is not None:
             torch.set_num_threads(recipe.train.threads)
-        self.recipe, self.run = recipe, Path(output_dir)
         self.evaluate, self.progress = evaluate, progress
         self.parallel = Parallel(recipe)
         self.built: Built = build(recipe)
+        recipe = self.built.recipe
+        self.recipe, self.run = recipe, Path(output_dir)
         self._require_even_batches()
         if recipe.train.init_from is not None and resume is None and branch_from is None:
-            initialise(self.built.model, recipe.train.init_from)
+            initialise(self.built.model, recipe.train.init_from, self.built.tokenizer)
         model = self.parallel.place(self.built.model)
         optimizer = torch.optim.AdamW(
             parameter_groups(model, recipe.optim.weight_decay),
@@ -261,6 +262,7 @@ class Trainer:
             description, self.recipe, self.built.total_steps, old_steps,
             branch=branch, dataset_length=samples,
         )  # fmt: skip
+        checkpoints.require_same_tokens(description, self.built.tokenizer)
         step = description["step"]
         if branch and old.optim.schedule == "wsd" and step > decay_start(old.optim, old_steps):
             notes.append(f"{path.name} lies in the decay of its run, not in the constant phase")
