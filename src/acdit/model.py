@@ -126,7 +126,7 @@ class ACDiTTransformer(SafetensorsOnly, ModelMixin, ConfigMixin):
             raise ConfigError("mlp_ratio", found=str(mlp_ratio), expected=f"at least 1/{hidden_size}, one feature")
         if vocab_size is None:
             token_dim = self.layout.token_dim(in_channels)
-            self.x_embedder: nn.Module = Linear(token_dim, hidden_size, bias=False)
+            self.x_embedder: Linear | nn.Embedding = Linear(token_dim, hidden_size, bias=False)
         else:
             self._require_text(vocab_size, in_channels)
             token_dim = vocab_size

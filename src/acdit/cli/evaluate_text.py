@@ -56,7 +56,7 @@ def evaluate_text(options: argparse.Namespace) -> None:
     with joined_processes() as processes:
         if processes.size > 1:
             raise ConfigError("torchrun", found=f"{processes.size} processes", expected="one, for a model of text")
-    options.model, *overrides = [*options.samples, *options.overrides]
+    options.model, overrides = options.samples[0], [*options.samples[1:], *options.overrides]
     pipeline = load_text_pipeline(options)
     model = pipeline.transformer
     recipe = _recipe(options, overrides)

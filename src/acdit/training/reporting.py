@@ -80,8 +80,8 @@ class Report:
             return
         recipe = self.recipe
         if isinstance(pipeline, ACDiTTextPipeline):
-            written = pipeline(batch_size=4, generator=recipe.seed)
-            texts = written.texts or [" ".join(map(str, tokens)) for tokens in written.tokens]
+            tokens, texts = pipeline(batch_size=4, generator=recipe.seed, return_dict=False)
+            texts = texts or [" ".join(map(str, row)) for row in tokens]
             place = self.run / "samples" / f"step-{step}.txt"
             place.parent.mkdir(exist_ok=True)
             place.write_text("\n\n----\n\n".join(texts) + "\n", encoding="utf-8")
