@@ -269,7 +269,7 @@ class _Writer:
         time = torch.ones(len(tokens), dtype=torch.float64, device=tokens.device)
         probabilities: Tensor | None = None
         step = 0
-        while bool((masked := tokens == self.model.mask_token).any()):
+        while bool((masked := tokens.eq(self.model.mask_token or 0)).any()):
             time = self.sampler.time(step, masked, time, draws)
             calls = probabilities is None or not self.reuse
             if calls:

@@ -23,7 +23,7 @@ def test_the_average_over_draws_is_the_enumerated_bound(draw: str) -> None:
     found = text_bound(model, text.split([2, 1]), draw=draw, num_draws=400, copies=100)
     low, high = found.interval
     wide = (high - low) / 2
-    assert wide < 0.06
+    assert wide < 0.1
     assert abs(found.nats_per_token - float(exact.mean())) < 1.5 * wide
     assert found.nats_per_token == pytest.approx((low + high) / 2)
     for parts, over in ((found.by_block, (0, 2)), (found.by_position, (0, 1))):
@@ -47,7 +47,7 @@ def test_one_token_a_block_is_the_exact_autoregressive_likelihood() -> None:
     """Against the probability of every text of the length: they sum to one."""
     model = text_model(4, 1)
     every = torch.cartesian_prod(*[torch.arange(VOCAB)] * 4)
-    nll = torch.tensor([text_bound(model, [row[None]]).nats_per_token * 4 for row in every]).double()
+    nll = torch.tensor([text_bound(model, [row[None]]).nats_per_token * 4 for row in every], dtype=torch.float64)
     assert float((-nll).exp().sum()) == pytest.approx(1.0, abs=1e-10)
     with torch.no_grad():
         clean = every.reshape(-1, 4, 1)

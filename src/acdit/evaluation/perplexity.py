@@ -154,7 +154,7 @@ def count_characters(tokenizer: Tokenizer, batches: Iterable[Tensor], *, first_t
 def _averages(mean: Tensor, over: int, first_token_given: bool) -> list[float]:
     """Nats a counted token along the other axis of (N, L); NaN where none counts."""
     counts = torch.ones_like(mean)
-    counts[0, 0] -= first_token_given
+    counts[0, 0] -= int(first_token_given)
     return (mean.sum(over) / counts.sum(over)).tolist()
 
 

@@ -205,8 +205,8 @@ class Batches:
             clean = clean.to(dtype)
             noise = draws.normal(tuple(clean.shape[1:]), stream="noise", copies=copies, **key).to(dtype)
         if isinstance(built.corruption, MaskingCorruption) and recipe.corruption.low_discrepancy:
-            whole = {"batch_size": recipe.optim.batch_size, "copies": copies}
-            u = draws.low_discrepancy(layout.num_blocks, stream="timestep", **whole, **key)
+            size = recipe.optim.batch_size
+            u = draws.low_discrepancy(layout.num_blocks, stream="timestep", batch_size=size, copies=copies, **key)
         else:
             u = draws.uniform((layout.num_blocks,), stream="timestep", copies=copies, **key)
         kept: Tensor | None = None
