@@ -250,6 +250,8 @@ OTHER: dict[str, Any] = {
     "data.streaming": True, "data.shuffle_buffer": 9, "data.max_bad_files": 1, "data.num_workers": 1,
     "data.frames": 8, "data.frame_stride": 2, "data.fps": 4.0, "data.start": "first", "data.short_clips": "loop",
     "data.split_file": "x", "data.digits_per_clip": 2,
+    "data.tokenizer": "x", "data.sequence_length": 8, "data.wrap": "bos", "data.document": "line",
+    "data.text_column": "x", "data.held_out": 0.5, "data.subset": "x", "data.cache": "x",
     "codec.kind": "vae", "codec.mean": 0.4, "codec.std": 0.4, "codec.vae": "x", "codec.subfolder": "x",
     "codec.posterior": "sample", "codec.scaling_factor": 1.0, "codec.shift_factor": 1.0, "codec.vae_sha256": "0",
     "codec.tiling": True, "codec.slicing": True,
