@@ -172,11 +172,12 @@ FAULTS: dict[str, tuple[Plant, Callable[[], None]]] = {
         interval_of_one_deviation, test_perplexity.test_the_interval_holds_the_bound_as_often_as_it_says,
     ),
     "the bound at high rates only": (
-        bound_at_high_rates_only,
-        lambda: test_perplexity.test_the_average_over_draws_is_the_enumerated_bound("count"),
+        bound_at_high_rates_only, test_masking.test_rates_fill_their_range_and_counts_are_uniform,
     ),
-    "first hitting from left to right": (left_to_right, law("first hitting")),
-    "revealed by the length of the step": (revealed_by_the_length_of_the_step, law("ancestral, 5 steps")),
+    "first hitting from left to right": (left_to_right, test_text_sampling.test_which_tokens_are_revealed_and_how_many),
+    "revealed by the length of the step": (
+        revealed_by_the_length_of_the_step, test_text_sampling.test_which_tokens_are_revealed_and_how_many,
+    ),
     "told the time after the step": (
         told_the_time_after_the_step, test_text_sampling.test_a_model_that_is_told_the_time_is_told_the_steps_own,
     ),

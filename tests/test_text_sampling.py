@@ -333,3 +333,20 @@ def test_what_does_not_fit_is_refused_in_one_sentence() -> None:
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=found):
             text_of(model, **options)
+
+
+def test_which_tokens_are_revealed_and_how_many() -> None:
+    """First hitting: one of the masked, uniformly. Ancestral: each with probability (t − s)/t."""
+    rows = 4000
+    masked = torch.tensor([True, False, True, True]).expand(rows, 4)
+    even = torch.full((rows, 4, VOCAB), 1 / VOCAB, dtype=torch.float64)
+    draws = RowDraws(torch.Generator().manual_seed(0), torch.device("cpu"))
+    revealed, _ = FirstHittingSampler().step(0, masked, even, draws)
+    assert (revealed.sum(-1) == 1).all()
+    assert stats.chisquare(revealed.sum(0)[[0, 2, 3]].tolist()).pvalue > 1e-3
+    assert not revealed[:, 1].any()
+    for step in range(4):
+        revealed, _ = AncestralSampler(4).step(step, masked, even, draws)
+        share, expected = revealed[:, [0, 2, 3]].double().mean(), 1 / (4 - step)
+        assert abs(share - expected) <= 4.5 * (expected * (1 - expected) / (3 * rows)) ** 0.5
+        assert not revealed[:, 1].any()
