@@ -87,11 +87,11 @@ def told_the_time_after_the_step(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(AncestralSampler, "time", lambda self, step, *rest: time(self, step + 1, *rest))
 
 
-def confidence_of_known_tokens(patch: pytest.MonkeyPatch) -> None:
+def the_least_sure_first(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
         ConfidenceSampler,
         "step",
-        _rewritten(ConfidenceSampler.step, ".masked_fill(~masked, -1.0)", ".masked_fill(masked, 0.0)"),
+        _rewritten(ConfidenceSampler.step, ".masked_fill(~masked, -1.0)", ".mul(-1).masked_fill(~masked, -9.0)"),
     )
 
 
@@ -181,7 +181,7 @@ FAULTS: dict[str, tuple[Plant, Callable[[], None]]] = {
     "told the time after the step": (
         told_the_time_after_the_step, test_text_sampling.test_a_model_that_is_told_the_time_is_told_the_steps_own,
     ),
-    "confidence in known tokens": (confidence_of_known_tokens, law("surest first")),
+    "the least sure first": (the_least_sure_first, law("surest first")),
     "one draw for place and token": (one_draw_for_two_decisions, law("first hitting")),
     "an old prediction used again": (prediction_used_after_a_token_has_changed, law("first hitting")),
     "categorical draws in fp32": (
