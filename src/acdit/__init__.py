@@ -13,18 +13,31 @@ if TYPE_CHECKING:
     from acdit.layout import BlockLayout
     from acdit.model import ACDiTTransformer
     from acdit.pipelines import ACDiTPipeline
+    from acdit.pipelines_text import ACDiTTextPipeline
     from acdit.sampling import sample_blocks
+    from acdit.text_sampling import sample_tokens
 
 __version__ = "0.1.0"
 
-__all__ = ["ACDiTPipeline", "ACDiTTransformer", "BlockLayout", "KVCache", "__version__", "sample_blocks"]
+__all__ = [
+    "ACDiTPipeline",
+    "ACDiTTextPipeline",
+    "ACDiTTransformer",
+    "BlockLayout",
+    "KVCache",
+    "__version__",
+    "sample_blocks",
+    "sample_tokens",
+]
 
 _HOMES = {
     "ACDiTPipeline": "acdit.pipelines",
+    "ACDiTTextPipeline": "acdit.pipelines_text",
     "ACDiTTransformer": "acdit.model",
     "BlockLayout": "acdit.layout",
     "KVCache": "acdit.cache",
     "sample_blocks": "acdit.sampling",
+    "sample_tokens": "acdit.text_sampling",
 }
 
 

@@ -43,6 +43,7 @@ class Architecture:
     mlp_ratio: float = 4.0
     num_classes: int | None = None
     window: Window | None = None
+    vocab_size: int | None = None
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Architecture:
@@ -56,6 +57,7 @@ class Architecture:
             mlp_ratio=config["mlp_ratio"],
             num_classes=config["num_classes"],
             window=make_window(config.get("window"), config.get("sink_blocks", 0), "true", can_turn=True),
+            vocab_size=config.get("vocab_size"),
         )
 
     @property
@@ -70,8 +72,13 @@ class Architecture:
 
     @property
     def token_dim(self) -> int:
-        """D."""
-        return self.layout.token_dim(self.channels)
+        """Width of a token's prediction: D, or V of text."""
+        return self.layout.token_dim(self.channels) if self.vocab_size is None else self.vocab_size
+
+    @property
+    def input_dim(self) -> int:
+        """Width of a token that the embedder multiplies: D; 0 of text, whose ids are looked up."""
+        return self.token_dim if self.vocab_size is None else 0
 
     @property
     def seen_blocks(self) -> int:
@@ -100,7 +107,8 @@ class Architecture:
     def parameters(self) -> int:
         """All parameters."""
         w, d = self.width, self.token_dim
-        ends = d * w + _FREQUENCIES * w + w + w * w + w  # token and timestep embedders
+        rows = d if self.vocab_size is None else d + 1  # the mask token's
+        ends = rows * w + _FREQUENCIES * w + w + w * w + w  # token and timestep embedders
         ends += w + 2 * w * w + 2 * w + w * d + d  # final layer
         labels = 0 if self.num_classes is None else (self.num_classes + 1) * w
         return ends + labels + self.num_layers * self.layer_parameters
@@ -138,10 +146,10 @@ def picture_flops(arch: Architecture, steps: int = 25, guided: bool = True) -> f
     """
     w, length, blocks, depth = arch.width, arch.layout.block_tokens, arch.layout.num_blocks, arch.num_layers
     token = _products_a_token(arch)
-    embed = 2 * arch.token_dim * w
+    embed, predict = 2 * arch.input_dim * w, 2 * arch.token_dim * w
     condition = 12 * w * w * depth + 2 * w * (_FREQUENCIES + w) + 4 * w * w
     seen = (arch.seen_blocks + blocks) * length**2
-    denoise = blocks * (length * (token * depth + 2 * embed) + condition) + 4 * w * seen * depth
+    denoise = blocks * (length * (token * depth + embed + predict) + condition) + 4 * w * seen * depth
     read_pairs = arch.seen_clean_blocks * length**2
     read = (blocks - 1) * length * (token * (depth - 1) + 4 * w * w + embed) + 4 * w * read_pairs * (depth - 1)
     return steps * (2 if guided else 1) * denoise + read
@@ -172,7 +180,7 @@ def _end_products(arch: Architecture, copies: int) -> tuple[float, float]:
     """Forward FLOPs of embedders and final layer, one sample; and of those whose inputs need no gradient."""
     w, length, blocks = arch.width, arch.layout.block_tokens, arch.layout.num_blocks
     noisy = copies * blocks
-    embed = 2 * arch.token_dim * w * length * (blocks - 1 + noisy)
+    embed = 2 * arch.input_dim * w * length * (blocks - 1 + noisy)
     sinusoid = 2 * _FREQUENCIES * w * noisy
     rest = 2 * w * w * noisy + 4 * w * w * noisy + 2 * w * arch.token_dim * noisy * length
     return embed + sinusoid + rest, embed + sinusoid
@@ -397,7 +405,7 @@ def _ends(arch: Architecture, batch: int, copies: int, precision: str) -> float:
     tokens = batch * blocks * layout.block_tokens
     noisy_tokens = noisy_blocks * layout.block_tokens
     condition = noisy_blocks * (2 * size * w + 2 * wide * w + wide * _FREQUENCIES)
-    return rotations + max(wide, size) * d * (tokens + 3 * noisy_tokens) + condition
+    return rotations + max(wide, size) * (arch.input_dim * tokens + 3 * d * noisy_tokens) + condition
 
 
 def _known(name: str, value: str, known: tuple[str, ...]) -> None:

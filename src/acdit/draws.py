@@ -65,3 +65,29 @@ def uniform(
 def permutation(n: int, *, seed: int, stream: str, step: int = 0) -> np.ndarray:
     """A permutation of 0 … n−1, keyed by (seed, stream, step): the data order of one epoch, for instance."""
     return keyed_generator(seed, stream, step).permutation(n)
+
+
+def low_discrepancy(
+    blocks: int, *, seed: int, stream: str, step: int, samples: Sequence[int], batch_size: int, copies: int = 1
+) -> Tensor:
+    """Uniform draws in [0, 1) that fill the interval evenly over a whole global batch (Kingma et al. 2021).
+
+    The M = batch × copies × blocks draws of a step lie one in each M-th of the interval, uniformly inside it. Which
+    block gets which M-th is a permutation: in order, low values would always go to the first samples and blocks.
+    A single draw, and every subset chosen beforehand, is uniform.
+
+    Args:
+        blocks: N.
+        seed, stream, step: of the key, as in `uniform`.
+        samples: positions in the global batch, B of them, each below `batch_size`.
+        batch_size: of the global batch.
+        copies: C.
+
+    Returns:
+        (B, C, N) fp64 on the CPU.
+    """
+    total = batch_size * copies * blocks
+    strata = permutation(total, seed=seed, stream=f"{stream}_strata", step=step).reshape(batch_size, copies, blocks)
+    inside = uniform((blocks,), seed=seed, stream=stream, step=step, samples=samples, copies=copies)
+    # (total − 1 + u) / total can round up to 1 where u is its largest value.
+    return ((torch.from_numpy(strata[list(samples)]) + inside) / total).clamp_(max=1 - 2**-53)

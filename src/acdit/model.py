@@ -4,8 +4,11 @@
     denoise: noisy block, timestep, label + cache           → the prediction for that block
     forward: both verbs for all blocks of a sequence at once, for training
 
-Its parts are in `acdit.layers`. Shapes: B batch, C noisy copies, N blocks, L tokens a block, D token width, W hidden
-width, H heads, K head width.
+Its parts are in `acdit.layers` and `acdit.positions`. Shapes: B batch, C noisy copies, N blocks, L tokens a block, D
+token width, V vocabulary, W hidden width, H heads, K head width.
+
+Data are continuous, tokens (…, L, D), or text, token ids (…, L): then the embedder of tokens is a table and the
+prediction is V logits a token. Nothing else differs.
 """
 
 from __future__ import annotations
@@ -26,8 +29,8 @@ from acdit.errors import ConfigError
 from acdit.layers import ACDiTLayer, FinalLayer, Rope, TimestepEmbedder, wide_dtype
 from acdit.layout import BlockLayout
 from acdit.mask import Streams, Window, make_window
+from acdit.positions import Positions
 from acdit.products import Linear
-from acdit.rope import default_split, require_form, rotation, segment_widths
 
 PRESETS: dict[str, dict[str, int]] = {
     "B": {"num_layers": 12, "num_attention_heads": 12, "attention_head_dim": 64},
@@ -36,11 +39,12 @@ PRESETS: dict[str, dict[str, int]] = {
     "H": {"num_layers": 32, "num_attention_heads": 20, "attention_head_dim": 64},
 }
 """Sizes of the paper's models (Table 5)."""
+_CHANNELS = 4
 
 
 @dataclass
 class ACDiTTransformerOutput(BaseOutput):
-    """Output of `ACDiTTransformer`: `sample`, shaped like `noisy`."""
+    """Output of `ACDiTTransformer`: `sample`, shaped like `noisy`; of text with V logits a token behind."""
 
     sample: Tensor
 
@@ -80,6 +84,10 @@ class ACDiTTransformer(SafetensorsOnly, ModelMixin, ConfigMixin):
         sink_blocks: with a window, blocks at the very beginning that stay in sight.
         sink_positions: "true": sinks keep their positions; "sliding": they are seen right before the window, moved
             along the first axis (needs a RoPE that is a rotation: not "reference").
+        vocab_size: V, for text (or other discrete data): token ids 0 … V−1 instead of channels; noisy tokens may also
+            be `mask_token`. None: continuous data.
+        time_conditioning: False: the timestep's embedder is fed zero whatever the timestep, as MDLM and BD3-LMs do: its
+            answer is one learned vector. Parameters are the same, so weights can go from one to the other.
 
     Raises:
         ConfigError: a block or patch that does not divide, a head dimension that does not split.
@@ -95,7 +103,7 @@ class ACDiTTransformer(SafetensorsOnly, ModelMixin, ConfigMixin):
         grid: Sequence[int],
         block: Sequence[int],
         patch: int | Sequence[int] = 1,
-        in_channels: int = 4,
+        in_channels: int = _CHANNELS,
         num_layers: int = 12,
         num_attention_heads: int = 12,
         attention_head_dim: int = 64,
@@ -106,18 +114,23 @@ class ACDiTTransformer(SafetensorsOnly, ModelMixin, ConfigMixin):
         window: int | None = None,
         sink_blocks: int = 0,
         sink_positions: str = "true",
+        vocab_size: int | None = None,
+        time_conditioning: bool = True,
     ) -> None:
         super().__init__()
         self.layout = BlockLayout(grid, block, patch)
         self.window = make_window(window, sink_blocks, sink_positions, can_turn=rope != "reference")
-        self.rope_split = self._rope_split(rope, rope_split)
-        if rope != "none":
-            segment_widths(attention_head_dim, self.rope_split)
+        self.positions = Positions(self.layout, attention_head_dim, rope, rope_split)
         hidden_size = num_attention_heads * attention_head_dim
         if int(hidden_size * mlp_ratio) < 1:
             raise ConfigError("mlp_ratio", found=str(mlp_ratio), expected=f"at least 1/{hidden_size}, one feature")
-        token_dim = self.layout.token_dim(in_channels)
-        self.x_embedder = Linear(token_dim, hidden_size, bias=False)
+        if vocab_size is None:
+            token_dim = self.layout.token_dim(in_channels)
+            self.x_embedder: Linear | nn.Embedding = Linear(token_dim, hidden_size, bias=False)
+        else:
+            self._require_text(vocab_size, in_channels)
+            token_dim = vocab_size
+            self.x_embedder = nn.Embedding(vocab_size + 1, hidden_size)  # the last row is the mask token's
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = nn.Embedding(num_classes + 1, hidden_size) if num_classes is not None else None
         self.layers = nn.ModuleList(
@@ -135,14 +148,21 @@ class ACDiTTransformer(SafetensorsOnly, ModelMixin, ConfigMixin):
         return self.config.num_classes
 
     @property
+    def mask_token(self) -> int | None:
+        """Token id that means "masked", one beyond the vocabulary; None of a model of continuous data."""
+        return self.config.vocab_size
+
+    @property
     def token_dim(self) -> int:
-        """D."""
-        return self.layout.token_dim(self.config.in_channels)
+        """Width of a token's prediction: D, or V of text."""
+        vocab_size = self.config.vocab_size
+        return self.layout.token_dim(self.config.in_channels) if vocab_size is None else vocab_size
 
     def initialize_weights(self) -> None:
         """Xavier linears, N(0, 0.02) embeddings, zero adaLN and output: the model starts as "predict zero"."""
         for name, parameter in self.named_parameters():
-            if name.startswith(("t_embedder", "y_embedder")) and parameter.ndim == 2:
+            table = name.startswith("x_embedder") and self.mask_token is not None
+            if (table or name.startswith(("t_embedder", "y_embedder"))) and parameter.ndim == 2:
                 nn.init.normal_(parameter, std=0.02)
             elif "modulation" in name or name.startswith("final_layer.linear") or name.endswith("bias"):
                 nn.init.zeros_(parameter)
@@ -184,28 +204,30 @@ class ACDiTTransformer(SafetensorsOnly, ModelMixin, ConfigMixin):
         """Denoise every noisy block against the clean blocks before it, in one pass (paper Figure 2a).
 
         Args:
-            clean: (B, N, L, D), the context. Its last block has no reader and is not computed. Under a window N may be
-                any number: blocks beyond the grid go on along its first axis.
-            noisy: (B, N, L, D), or (B, C, N, L, D) for C noisy copies that share the clean pass.
+            clean: (B, N, L, D), the context; of text (B, N, L) token ids. Its last block has no reader and is not
+                computed. Under a window N may be any number: blocks beyond the grid go on along its first axis.
+            noisy: like `clean`, or (B, C, N, L, D) for C noisy copies that share the clean pass; of text (B, C, N, L).
             timestep: a number for all, (B,) one a sample, or one a block: broadcastable to (B, N) or (B, C, N).
             class_labels: one for all, (B,), or one a block, like `timestep`; None: no label.
             return_dict: False gives a tuple.
 
         Returns:
-            `sample`, the prediction, shaped like `noisy`.
+            `sample`, the prediction, shaped like `noisy`; of text (…, L, V) logits.
         """
-        count = clean.shape[1] if self.window is not None and clean.ndim == 4 else None
-        self._require_blocks("clean", clean, 4, count)
-        self._require_blocks("noisy", noisy, 5 if noisy.ndim == 5 else 4, count)
-        copies = noisy if noisy.ndim == 5 else noisy[:, None]
-        batch, num_copies, num_blocks, length, width = copies.shape
+        ndim = 3 if self.mask_token is not None else 4
+        count = clean.shape[1] if self.window is not None and clean.ndim == ndim else None
+        with_copies = noisy.ndim == ndim + 1
+        self._require_blocks("clean", clean, ndim, count)
+        self._require_blocks("noisy", noisy, ndim + with_copies, count)
+        copies = noisy if with_copies else noisy[:, None]
+        batch, num_copies, num_blocks, length = copies.shape[:4]
         if clean.shape[0] != batch:
             raise ConfigError("noisy", found=f"batch {batch}", expected=f"the batch of clean, {clean.shape[0]}")
         streams = Streams(num_blocks - 1, num_blocks, num_copies, length, self.window)
         context = clean[:, : streams.num_clean]
-        x = self.x_embedder(torch.cat([context, copies.reshape(batch, -1, length, width).to(clean.dtype)], dim=1))
+        x = self.x_embedder(torch.cat([context, copies.flatten(1, 2).to(clean.dtype)], dim=1))
         shape = (batch, num_copies, num_blocks)
-        condition = self._condition(timestep, class_labels, shape, keep_copies=noisy.ndim == 5).flatten(1, 2)
+        condition = self._condition(timestep, class_labels, shape, keep_copies=with_copies).flatten(1, 2)
         rope = self._rope(0, num_blocks)
         order = [*range(streams.num_clean), *list(range(num_blocks)) * num_copies]
         rope = Rope(rope.cos[order], rope.sin[order], rope.form)
@@ -217,20 +239,21 @@ class ACDiTTransformer(SafetensorsOnly, ModelMixin, ConfigMixin):
                 x = self._gradient_checkpointing_func(layer, *arguments)
             else:
                 x = layer(*arguments)
-        sample = self.final_layer(x, condition).reshape(noisy.shape)
+        sample = self.final_layer(x, condition).reshape(*copies.shape[:4], -1)
+        sample = sample if with_copies else sample[:, 0]
         return ACDiTTransformerOutput(sample=sample) if return_dict else (sample,)
 
     def prefill(self, clean: Tensor, cache: KVCache) -> None:
         """Read clean blocks: append their keys and values to the cache.
 
         Args:
-            clean: (B, n, L, D), the n blocks that follow those in the cache.
+            clean: (B, n, L, D), of text (B, n, L), the n blocks that follow those in the cache.
             cache: of B samples, with room for n more blocks.
 
         Raises:
             ConfigError: a wrong shape, or a cache that is full.
         """
-        self._require_blocks("clean", clean, 4, num_blocks=clean.shape[1])
+        self._require_blocks("clean", clean, 3 if self.mask_token is not None else 4, num_blocks=clean.shape[1])
         cache.require_room(clean.shape[1] * clean.shape[2])
         # A ring forgets with every block: under a window they are read one after the other.
         for part in clean.split(1 if cache.window is not None else max(1, clean.shape[1]), dim=1):
@@ -252,20 +275,21 @@ class ACDiTTransformer(SafetensorsOnly, ModelMixin, ConfigMixin):
         """Predict for the noisy block that follows the blocks in the cache; the cache is only read.
 
         Args:
-            noisy: (G·B, L, D) for a cache of B samples: G guidance branches, branch-major, share its entries.
+            noisy: (G·B, L, D), of text (G·B, L), for a cache of B samples: G guidance branches, branch-major, share its
+                entries.
             timestep: scalar, or (G·B,).
             class_labels: (G·B,), or None: no label.
             cache: what `prefill` has read so far.
 
         Returns:
-            (G·B, L, D).
+            (G·B, L, D); of text (G·B, L, V) logits.
         """
         batch = noisy.shape[0]
-        if noisy.ndim != 3 or tuple(noisy.shape[1:]) != (self.layout.block_tokens, self.token_dim):
+        if tuple(noisy.shape[1:]) != self._token_shape:
             raise ConfigError(
                 "noisy",
                 found=f"shape {tuple(noisy.shape)}",
-                expected=f"(G·B, {self.layout.block_tokens}, {self.token_dim})",
+                expected=f"(G·B, {', '.join(map(str, self._token_shape))})",
             )
         if batch % cache.batch_size:
             raise ConfigError("noisy", found=f"batch {batch}", expected=f"a multiple of the cache's {cache.batch_size}")
@@ -285,8 +309,10 @@ class ACDiTTransformer(SafetensorsOnly, ModelMixin, ConfigMixin):
     ) -> Tensor:
         """emb(t) + emb(label), (*shape, W): one vector a block."""
         device = self.x_embedder.weight.device
-        t = torch.as_tensor(timestep, device=device)
-        embedded = self.t_embedder(self._spread(t, shape, keep_copies))
+        t = self._spread(torch.as_tensor(timestep, device=device), shape, keep_copies)
+        if not self.config.time_conditioning:
+            t = torch.zeros((1,) * len(shape), device=device)
+        embedded = self.t_embedder(t)
         if self.y_embedder is None:
             if class_labels is not None:
                 raise ConfigError("class_labels", found="labels", expected="None: this model is unconditional")
@@ -309,63 +335,36 @@ class ACDiTTransformer(SafetensorsOnly, ModelMixin, ConfigMixin):
             return spread
         raise ConfigError("timestep or class_labels", found=f"shape {tuple(value.shape)}", expected=f"up to {shape}")
 
-    def _rope_split(self, rope: str, given: Sequence[int] | None) -> tuple[int, ...]:
-        require_form(rope)
-        axes = 1 if rope in ("1d", "none") else self.layout.ndim
-        split = tuple(given) if given else default_split(axes)
-        if len(split) != axes or (given and rope == "none"):
-            expected = f"{axes} parts, one per axis of the grid" if axes == self.layout.ndim else "null"
-            raise ConfigError("rope_split", found=str(split), expected=f"{expected} with rope={rope!r}")
-        return split
-
     def _rope(self, first_block: int, num_blocks: int) -> Rope:
         """Rotations of consecutive blocks, (num_blocks, L, 1, K)."""
         weight = self.x_embedder.weight
-        if self.config.rope == "1d":
-            positions = self.layout.sequence_positions(first_block, num_blocks, device=weight.device)
-            extents: tuple[int, ...] = (self.layout.num_tokens,)
-        else:
-            positions = self.layout.positions(first_block, num_blocks, device=weight.device)
-            extents = self.layout.token_grid
-        cos, sin = rotation(
-            positions,
-            self.config.attention_head_dim,
-            extents,
-            self.rope_split,
-            self.config.rope,
-            wide_dtype(weight.dtype),
-        )
-        return Rope(cos[:, :, None], sin[:, :, None], self.config.rope)
+        return self.positions.rope(first_block, num_blocks, wide_dtype(weight.dtype), weight.device)
 
     def _sink_rotation(self, window: Window | None, first_block: int, num_blocks: int) -> SinkRotation | None:
-        """How far queries of consecutive blocks see the sinks turned; None where none of them sees any moved.
+        """How far queries of consecutive blocks see the sinks turned; see `Positions`."""
+        weight = self.x_embedder.weight
+        return self.positions.sink_rotation(window, first_block, num_blocks, wide_dtype(weight.dtype), weight.device)
 
-        Sinks move by whole steps of the first axis: where a step holds several blocks, by as many as fit.
-        """
-        if window is None or not window.slide or self.config.rope == "none":
-            return None
-        lags = torch.tensor([window.lag(block) for block in range(first_block, first_block + num_blocks)])
-        if not bool(lags.any()):
-            return None
-        weight, layout = self.x_embedder.weight, self.layout
-        extents: tuple[int, ...]
-        if self.config.rope == "1d":
-            positions, extents = (lags * layout.block_tokens)[:, None], (layout.num_tokens,)
-        else:
-            blocks_a_step = layout.num_blocks // layout.block_grid[0]
-            moved = lags // blocks_a_step * layout.block[0]
-            positions = torch.stack([moved, *[torch.zeros_like(moved)] * (layout.ndim - 1)], dim=-1)
-            extents = layout.token_grid
-        cos, sin = rotation(
-            positions.to(weight.device), self.config.attention_head_dim, extents, self.rope_split, self.config.rope,
-            wide_dtype(weight.dtype),
-        )  # fmt: skip
-        return SinkRotation(cos[:, None, None], sin[:, None, None], self.config.rope)
+    def _require_text(self, vocab_size: int, in_channels: int) -> None:
+        if vocab_size < 1:
+            raise ConfigError("vocab_size", found=str(vocab_size), expected="at least 1")
+        if any(size != 1 for size in self.layout.patch):
+            raise ConfigError("patch", found=str(self.layout.patch), expected="1: a token of text is one cell")
+        if in_channels != _CHANNELS:
+            raise ConfigError(
+                "in_channels", found=str(in_channels), expected="nothing beside vocab_size: ids have none"
+            )
+
+    @property
+    def _token_shape(self) -> tuple[int, ...]:
+        """(L, D), or (L,) of text."""
+        length = self.layout.block_tokens
+        return (length,) if self.mask_token is not None else (length, self.token_dim)
 
     def _require_blocks(self, name: str, x: Tensor, ndim: int, num_blocks: int | None = None) -> None:
         blocks = self.layout.num_blocks if num_blocks is None else num_blocks
-        tail = (blocks, self.layout.block_tokens, self.token_dim)
-        if x.ndim != ndim or tuple(x.shape[-3:]) != tail:
+        tail = (blocks, *self._token_shape)
+        if x.ndim != ndim or tuple(x.shape[-len(tail) :]) != tail:
             raise ConfigError(
                 name,
                 found=f"shape {tuple(x.shape)}",
@@ -373,3 +372,5 @@ class ACDiTTransformer(SafetensorsOnly, ModelMixin, ConfigMixin):
                 + (", or (B, C, …) for C noisy copies" * (name == "noisy")),
                 fix="cut the data with model.layout.to_blocks",
             )
+        if self.mask_token is not None and x.dtype not in (torch.int64, torch.int32):
+            raise ConfigError(name, found=str(x.dtype), expected="token ids, torch.int64")

@@ -161,7 +161,7 @@ def _check(recipe: Recipe) -> None:
                 raise ConfigError(
                     path, found=repr(item), expected=f"at least {low:g}" + f" and below {high:g}" * (high < 2**31)
                 )
-    for path, length in (("optim.betas", 2), ("data.size", 2)):
+    for path, length in (("optim.betas", 2), ("data.size", 2), ("corruption.mask_range", 2)):
         if isinstance(values[path], list) and len(values[path]) != length:
             raise ConfigError(path, found=repr(values[path]), expected=f"{length} numbers")
     if recipe.model.window is None and (recipe.model.sink_blocks or recipe.model.sink_positions != "true"):

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 
 @dataclass
 class ModelRecipe:
-    """Arguments of `ACDiTTransformer`. `preset` (B, L, XL, H) fills the sizes that are not given."""
+    """Arguments of `ACDiTTransformer`. `preset` (B, L, XL, H) fills the sizes that are not given; of text the data's
+    tokenizer a `vocab_size` that is not. `time_conditioning`: null is true, but false of text."""
 
     grid: list[int]
     block: list[int]
@@ -25,6 +26,8 @@ class ModelRecipe:
     window: int | None = None
     sink_blocks: int = 0
     sink_positions: str = "true"
+    vocab_size: int | None = None
+    time_conditioning: bool | None = None
 
 
 @dataclass
@@ -102,7 +105,12 @@ class CodecRecipe:
 
 @dataclass
 class CorruptionRecipe:
-    """Arguments of `GaussianCorruption`; how many noisy copies share one clean pass; how noisy the context may be.
+    """How clean data become noisy; how many noisy copies share one clean pass; how noisy the context may be.
+
+    `kind`: "gaussian" (arguments of `GaussianCorruption`) or "masking" of text (arguments of `MaskingCorruption`:
+    `mask_draw`, `mask_range`, `first_token_given`). `low_discrepancy`: mask rates fill their range evenly over the
+    blocks of a global batch. `range_search_every`: after every so many steps the range of width 0.5 in which the bound
+    varied least on the step's batch becomes the `mask_range` (BD3-LMs).
 
     `context_noise`: 0, clean context (the paper's). Above 0 each clean block is replaced, for the context only, by its
     corruption at a timestep of its own, uniform below this share of the schedule: 1 is the paper's ablation "noisy
@@ -113,6 +121,7 @@ class CorruptionRecipe:
     the schedule: fine-tuning against drift over long streams.
     """
 
+    kind: str = "gaussian"
     prediction_type: str = "epsilon"
     num_train_timesteps: int = 1000
     beta_schedule: str = "linear"
@@ -127,6 +136,11 @@ class CorruptionRecipe:
     self_context: float = 0.0
     self_context_steps: int = 2
     self_context_strength: float = 0.5
+    mask_draw: str = "rate"
+    mask_range: list[float] = field(default_factory=lambda: [0.0, 1.0])
+    first_token_given: bool = False
+    low_discrepancy: bool = True
+    range_search_every: int | None = None
 
 
 @dataclass
@@ -221,6 +235,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "data.document": ("file", "line"),
     "codec.kind": ("pixels", "vae"),
     "codec.posterior": ("mode", "sample"),
+    "corruption.kind": ("gaussian", "masking"),
+    "corruption.mask_draw": ("rate", "count"),
     "corruption.prediction_type": ("epsilon", "v_prediction", "flow_prediction"),
     "corruption.timestep_draw": ("uniform", "logit_normal"),
     "corruption.beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
@@ -235,7 +251,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "model.grid": (1, 2**31), "model.block": (1, 2**31), "model.patch": (1, 2**31),
     "model.in_channels": (1, 2**31), "model.num_layers": (1, 2**31), "model.num_attention_heads": (1, 2**31),
     "model.attention_head_dim": (2, 2**31), "model.num_classes": (1, 2**31), "model.rope_split": (1, 2**31),
-    "model.window": (1, 2**31), "model.sink_blocks": (0, 2**31),
+    "model.vocab_size": (1, 2**31), "model.window": (1, 2**31), "model.sink_blocks": (0, 2**31),
     "data.size": (1, 2**31), "data.channels": (1, 5), "data.max_bad_files": (0, 2**31), "data.num_workers": (0, 4096),
     "data.shuffle_buffer": (1, 2**31), "data.frames": (1, 2**16), "data.frame_stride": (1, 2**16),
     "data.fps": (1e-3, 1001), "data.digits_per_clip": (1, 3),
@@ -245,6 +261,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "corruption.context_noise": (0, 1 + 1e-12), "corruption.self_context": (0, 1 + 1e-12),
     "corruption.self_context_steps": (1, 10_000), "corruption.self_context_strength": (1e-12, 1 + 1e-12),
     "corruption.beta_start": (1e-12, 1), "corruption.beta_end": (1e-12, 1), "model.mlp_ratio": (1e-12, 2**31),
+    "corruption.mask_range": (0, 1 + 1e-12), "corruption.range_search_every": (1, 2**31),
     "corruption.logit_std": (1e-12, math.inf), "corruption.min_snr_gamma": (1e-12, math.inf),
     "optim.batch_size": (1, 2**31), "optim.lr": (0, math.inf), "optim.betas": (0, 1), "optim.eps": (0, math.inf),
     "optim.weight_decay": (0, math.inf), "optim.accumulation": (1, 2**31), "optim.max_grad_norm": (1e-12, math.inf),

@@ -86,11 +86,18 @@ def sample_blocks(
     Raises:
         ConfigError: labels out of range, sequences of a wrong length, shapes that do not fit.
     """
+    if model.mask_token is not None:
+        raise ConfigError(
+            "model",
+            found="a model of token ids",
+            expected="one of continuous data",
+            fix="acdit.text_sampling.sample_tokens, or ACDiTTextPipeline",
+        )
     layout, device = model.layout, model.x_embedder.weight.device
     dtype = model.x_embedder.weight.dtype
     labels = _labels(model, class_labels)
     batch = _batch_size(labels, batch_size, prefix, cache)
-    generator = _generators(generator, batch)
+    generator = as_generators(generator, batch)
     held = cache.num_blocks if cache is not None else 0
     first = held + (prefix.shape[1] if prefix is not None else 0)
     count = layout.num_blocks - first if num_blocks is None else num_blocks
@@ -208,7 +215,7 @@ def _guided(
     return unconditional + scale * (conditional - unconditional)
 
 
-def _generators(given: Generators, batch: int) -> torch.Generator | list[torch.Generator] | None:
+def as_generators(given: Generators, batch: int) -> torch.Generator | list[torch.Generator] | None:
     """A seed in any integer type and any sequence of generators; whatever else would silently not be reproducible."""
     if given is None or isinstance(given, torch.Generator):
         return given

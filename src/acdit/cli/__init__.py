@@ -81,8 +81,8 @@ def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse; recipe overrides (key.key=value) may stand anywhere, where argparse wants positionals together."""
     parser = _parser()
     options, left = parser.parse_known_args(arguments)
-    overrides: list[str] | None = getattr(options, "overrides", None)
-    if overrides is not None:
+    if hasattr(options, "overrides"):
+        overrides = options.overrides = list(options.overrides)
         if "=" in (getattr(options, "resume", None) or ""):  # `--resume train.steps=9`: latest, and an override
             overrides.append(options.resume)
             options.resume = "latest"

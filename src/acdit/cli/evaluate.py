@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from acdit.cli.clips import add_clip_options, asked_cut, require_samples_of
-from acdit.cli.models import add_sampling_options, asked_labels, averaging_of, load_pipeline
+from acdit.cli.evaluate_text import add_text_options, evaluate_text, require_no_text_options
+from acdit.cli.models import add_sampling_options, asked_labels, averaging_of, is_text_model, load_pipeline
 from acdit.cli.parser import AddCommand, positive
 
 _RECORDED = (
@@ -34,12 +35,13 @@ def add(command: AddCommand) -> None:
     made = command(
         "evaluate", _evaluate,
         "FID, sFID, Inception Score, precision and recall of pictures, or of a model's samples; FVD and distances over "
-        "time of clips (--frames, or --extractor i3d).",
+        "time of clips (--frames, or --extractor i3d); the perplexity of a model of text.",
         "acdit evaluate samples.npz --reference VIRTUAL_imagenet256_labeled.npz --extractor inception "
         "--weights inception-2015-12-05.pt --output metrics.json\n"
         "  acdit evaluate runs/demo/model --reference digits:held_out --extractor digits-classifier --num-samples 500\n"
         "  acdit evaluate runs/b4/model runs/b8/model --reference REF --extractor pixels --sweep steps=5,10,25\n"
         "  acdit evaluate clips/ --reference real_clips/ --extractor i3d --weights i3d_torchscript.pt --frames 16\n"
+        "  acdit evaluate runs/text/model data.split=held_out --draws 16\n"
         "  acdit evaluate --self-test",
     )  # fmt: skip
     made.add_argument(
@@ -50,7 +52,7 @@ def add(command: AddCommand) -> None:
     made.add_argument(
         "--reference", "--data", metavar="REF",
         help="folder or zip of pictures, digits:train, digits:held_out, or ADM's .npz (arr_0, or mu, sigma, …); clips "
-        "as in SAMPLES",
+        "as in SAMPLES; for a model of text: a recipe",
     )  # fmt: skip
     made.add_argument(
         "--extractor", help="inception, classifier, digits-classifier, pixels, i3d (of clips), or module:factory"
@@ -77,6 +79,8 @@ def add(command: AddCommand) -> None:
     )  # fmt: skip
     made.add_argument("--self-test", action="store_true", help="is the evaluation sane? On the built-in digits")
     add_sampling_options(made)
+    add_text_options(made)
+    made.set_defaults(overrides=())
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -85,6 +89,12 @@ def _evaluate(options: argparse.Namespace) -> None:
     from acdit.evaluation.sweep import parse_axes, require_matplotlib
     from acdit.processes import joined_processes
 
+    if options.samples and is_text_model(options.samples[0]):
+        evaluate_text(options)
+        return
+    require_no_text_options(options)
+    if options.overrides:
+        raise ConfigError("SAMPLES", found=options.overrides[0], expected="no key=value: only of a model of text")
     axes = parse_axes(options.sweep)
     if axes:
         require_matplotlib()

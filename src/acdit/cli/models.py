@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,11 @@ SOLVERS = {
     "flow-euler": "FlowMatchEulerDiscreteScheduler",
 }
 FLOW_SOLVERS = ("dpm++", "unipc", "flow-euler")
-DTYPES = ("fp32", "bf16", "fp16", "fp64")
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
+_OF_PICTURES = {
+    "labels": None, "guidance_scale": 1.5, "solver": None, "vae": None, "vae_tiling": False, "vae_slicing": False,
+}  # fmt: skip
+"""Sampling options that texts have no use for, and their defaults."""
 
 
 def add_sampling_options(made: argparse.ArgumentParser) -> None:
@@ -29,7 +34,7 @@ def add_sampling_options(made: argparse.ArgumentParser) -> None:
     made.add_argument("--solver", choices=sorted(SOLVERS), help="default: the one saved with the model")
     made.add_argument("--seed", type=seed, default=0, help="picture i gets seed + i (default 0)")
     made.add_argument("--batch-size", type=positive, default=64, help="pictures at once (default 64)")
-    made.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the weights (default fp32)")
+    made.add_argument("--dtype", choices=tuple(_DTYPES), default="fp32", help="of the weights (default fp32)")
     made.add_argument("--device", help="default: cuda where there is one")
     made.add_argument("--vae", metavar="PATH", help="autoencoder to decode with, for a model saved without its own")
     made.add_argument("--vae-tiling", action="store_true", help="decode large pictures in tiles: less memory")
@@ -51,7 +56,7 @@ def load_pipeline(options: argparse.Namespace, device: Any = None) -> Any:
 
     folder = Path(options.model)
     _require_whole(folder, options.model)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}[options.dtype]
+    dtype = getattr(torch, _DTYPES[options.dtype])
     chosen = _device(device or options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     try:
         pipeline = ACDiTPipeline.from_pretrained(options.model)
@@ -91,6 +96,45 @@ def load_pipeline(options: argparse.Namespace, device: Any = None) -> Any:
     trained = getattr(pipeline.scheduler.config, "num_train_timesteps", None)
     if trained is not None and options.steps > trained:
         raise ConfigError("--steps", found=str(options.steps), expected=f"at most {trained}, the steps of the training")
+    return pipeline.to(chosen)
+
+
+def is_text_model(model: str) -> bool:
+    """Whether a folder holds an `ACDiTTextPipeline`; models of text are read from folders only."""
+    index = Path(model) / "model_index.json"
+    try:
+        return bool(json.loads(index.read_text(encoding="utf-8"))["_class_name"] == "ACDiTTextPipeline")
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def load_text_pipeline(options: argparse.Namespace) -> Any:
+    """The text pipeline that `options.model` names, with the asked dtype.
+
+    Raises:
+        ConfigError: no such device, or an option of pictures.
+        StorageError: the folder is damaged.
+    """
+    import torch
+
+    from acdit import ACDiTTextPipeline
+    from acdit.errors import ConfigError, StorageError, first_line
+
+    for name, usual in _OF_PICTURES.items():
+        if getattr(options, name) != usual:
+            raise ConfigError(f"--{name.replace('_', '-')}", found="a model of text", expected="a model of pictures")
+    folder = Path(options.model)
+    _require_whole(folder, options.model)
+    chosen = _device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        pipeline = ACDiTTextPipeline.from_pretrained(options.model)
+    except (OSError, ValueError) as error:
+        raise StorageError(
+            f"model {options.model}", found=first_line(error), expected="a saved ACDiTTextPipeline"
+        ) from error
+    dtype = getattr(torch, _DTYPES[options.dtype])
+    if dtype != torch.float32:
+        pipeline.transformer.to(dtype)
     return pipeline.to(chosen)
 
 

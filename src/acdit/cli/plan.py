@@ -65,6 +65,13 @@ def _plan(options: argparse.Namespace) -> None:
 
     recipe = load_recipe(options.recipe, options.overrides)
     micro_batch = _micro_batch(recipe, options.devices)
+    if recipe.corruption.kind == "masking" and recipe.model.vocab_size is None:
+        from acdit.errors import ConfigError
+
+        raise ConfigError(
+            "model.vocab_size", found="null, for the data to fill in", expected="a number: no data are read here",
+            fix="add model.vocab_size=50257 (GPT-2's), or what `acdit data` shows",
+        )  # fmt: skip
     from acdit import costs
     from acdit.training.build import architecture
 
@@ -111,7 +118,9 @@ def _description(
 
     layout, optim, train = arch.layout, recipe.optim, recipe.train
     flops = costs.training_flops(arch, optim.batch_size, recipe.corruption.copies, train.gradient_checkpointing)
-    drawn = costs.picture_flops(arch, recipe.sampling.num_inference_steps, recipe.sampling.guidance_scale != 1)
+    text = arch.vocab_size is not None
+    steps = layout.block_tokens if text else recipe.sampling.num_inference_steps  # of text a call a token
+    drawn = costs.picture_flops(arch, steps, not text and recipe.sampling.guidance_scale != 1)
     speed = options.devices * options.tflops * 1e12 * options.utilisation
     at = f"{options.devices} × {options.tflops:g} TFLOP/s at {options.utilisation:.0%} (assumed)"
     if not speed:
@@ -135,7 +144,7 @@ def _description(
         "  activation peak": f"{_bytes(plan.activations)} (micro-batch {micro_batch})",
         "  at most at once": f"{_bytes(plan.total)} (gradients come while activations go)",
         "FLOPs a step": f"{flops:.4g}",
-        "FLOPs a sample drawn": f"{drawn:.4g} ({recipe.sampling.num_inference_steps} steps a block)",
+        "FLOPs a sample drawn": f"{drawn:.4g} ({steps} steps a block)",
         "days": duration,
     }
     return [f"{name:<22}{value}".rstrip() for name, value in rows.items()]

@@ -7,19 +7,22 @@ import json
 from pathlib import Path
 from typing import Any
 
-from acdit.cli.models import add_sampling_options, asked_labels, averaging_of, load_pipeline
+from acdit.cli.models import add_sampling_options, asked_labels, averaging_of, is_text_model, load_pipeline
 from acdit.cli.parser import AddCommand, positive, version
+from acdit.cli.sample_text import TEXT_ONLY, add_text_options, require_no_text_options, sample_texts
 from acdit.cli.sample_video import add_video_options, require_no_video_options, sample_clips
 
 
 def add(command: AddCommand) -> None:
     """Declare the command's options."""
     made = command(
-        "sample", _sample, "Draw pictures or clips with a model: a few, or with --num-samples as many as FID wants.",
+        "sample", _sample,
+        "Draw pictures or clips with a model, a few, or with --num-samples as many as FID wants; or write texts.",
         "acdit sample runs/demo/model --labels 0 1 2 3 --steps 25 --guidance-scale 1.5 --seed 0 --output out/\n"
         "  torchrun --nproc-per-node 8 -m acdit.cli sample MODEL --num-samples 50000 --npz samples.npz --output out/\n"
         "  acdit sample VIDEO_MODEL --labels 3 --prompt clip.mp4 --futures 4 --output out/\n"
-        "  acdit sample VIDEO_MODEL --labels 3 --stream --blocks 1000 --output out/",
+        "  acdit sample VIDEO_MODEL --labels 3 --stream --blocks 1000 --output out/\n"
+        "  acdit sample TEXT_MODEL --prompt 'To be, or' --max-new-tokens 200 --stream",
     )  # fmt: skip
     made.add_argument("model", help="folder of a saved pipeline, or a hub id")
     add_sampling_options(made)
@@ -35,13 +38,21 @@ def add(command: AddCommand) -> None:
     made.add_argument("--npz", metavar="FILE", help="with --num-samples: write ADM's form (arr_0) instead of files")
     made.add_argument("--png", action="store_true", help="with --npz: PNGs as well")
     made.add_argument("--chunk-size", type=positive, default=256, help="pictures a kept part (default 256)")
-    made.add_argument("--output", default="out", help="folder for what is drawn and settings.json (default out)")
+    made.add_argument(
+        "--output", help="folder for what is drawn and settings.json (default out; texts go to the terminal anyhow)"
+    )
     add_video_options(made)
+    add_text_options(made)
 
 
 def _sample(options: argparse.Namespace) -> None:
     from acdit.errors import ConfigError
 
+    if is_text_model(options.model):
+        sample_texts(options)
+        return
+    require_no_text_options(options)
+    options.output = options.output or "out"
     if options.num_samples is not None:
         _sample_many(options)
         return
@@ -156,7 +167,9 @@ def _require_files_of(options: argparse.Namespace, clips: bool) -> None:
 
 def _typed(options: argparse.Namespace) -> dict[str, Any]:
     """The options of the command as they were typed."""
-    ours = ("run", "debug", "verbose", "command", "num_samples", "npz", "png", "chunk_size", "format", "fps")
+    ours = (
+        "run", "debug", "verbose", "command", "num_samples", "npz", "png", "chunk_size", "format", "fps", *TEXT_ONLY,
+    )  # fmt: skip
     return {key: value for key, value in vars(options).items() if key not in ours}
 
 

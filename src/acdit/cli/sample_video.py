@@ -27,7 +27,9 @@ def add_video_options(made: argparse.ArgumentParser) -> None:
         help="default: mp4 with PyAV there, else gif; of --num-samples frames",
     )
     group.add_argument("--fps", type=float, default=8.0, help="frames a second of mp4 and gif (default 8)")
-    group.add_argument("--prompt", metavar="FILE", help="a clip to continue at its end, or a picture to begin with")
+    group.add_argument(
+        "--prompt", metavar="FILE", help="a clip to continue at its end, or a picture to begin with (of text: the text)"
+    )
     group.add_argument(
         "--prompt-blocks", type=positive, metavar="N",
         help="how many blocks of it are given (default: all but the last step of the model's grid; of a picture the "

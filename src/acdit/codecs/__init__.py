@@ -5,6 +5,7 @@ from acdit.codecs.cached import CachedLatentsCodec
 from acdit.codecs.pixels import PixelCodec
 from acdit.codecs.text import CharacterTokenizer, SubwordTokenizer, Tokenizer, TokenStream, require_vocabulary
 from acdit.codecs.tokenizer_files import load_tokenizer
+from acdit.codecs.tokens import TokenIdsCodec
 from acdit.codecs.vae import VAECodec
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "LatentScale",
     "PixelCodec",
     "SubwordTokenizer",
+    "TokenIdsCodec",
     "TokenStream",
     "Tokenizer",
     "VAECodec",

@@ -27,6 +27,9 @@ class GaussianCorruption:
         min_snr_gamma: weight the loss by min(SNR, γ) of the clean data (Hang et al. 2023); None: unweighted.
     """
 
+    noise = "normal"
+    """Which draws `corrupt` wants."""
+
     def __init__(
         self,
         prediction_type: str = "epsilon",

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from acdit import draws
-from acdit.codecs import VAECodec
+from acdit.codecs import TokenIdsCodec, VAECodec
+from acdit.corruption import MaskingCorruption
 from acdit.data.bad_files import BadFiles
 from acdit.data.build import Dataset, length
 from acdit.data.clips import ClipsDataset
@@ -34,7 +35,7 @@ class Batch:
     """Everything a micro-batch's loss depends on."""
 
     clean: Tensor
-    """(B, N, L, D)"""
+    """(B, N, L, D); of text (B, N, L), as all that follow have one axis less"""
     context: Tensor
     """(B, N, L, D), what the clean slots hold: `clean` itself, its corruption with `corruption.context_noise`, or what
     the model makes of it with `corruption.self_context`"""
@@ -191,15 +192,23 @@ class Batches:
         built, recipe = self.built, self.built.recipe
         layout, copies = built.model.layout, recipe.corruption.copies
         key: dict[str, Any] = {"seed": recipe.seed, "step": step, "samples": positions}
-        if recipe.data.flip:
+        if recipe.data.flip and not isinstance(built.codec, TokenIdsCodec):
             flipped = draws.uniform((), stream="flip", **key) < 0.5
             pictures = built.codec.flip(pictures, flipped)
         dtype = built.model.x_embedder.weight.dtype
         shape = built.codec.noise_shape(built.dataset.shape)
         posterior = None if shape is None else draws.normal(shape, stream="posterior", **key)
-        clean = layout.to_blocks(built.codec.encode(pictures, posterior)).to(dtype)
-        u = draws.uniform((layout.num_blocks,), stream="timestep", copies=copies, **key)
-        noise = draws.normal(tuple(clean.shape[1:]), stream="noise", copies=copies, **key).to(dtype)
+        clean = layout.to_blocks(built.codec.encode(pictures, posterior))
+        if isinstance(built.corruption, MaskingCorruption):
+            noise = draws.uniform(tuple(clean.shape[1:]), stream="noise", copies=copies, **key)
+        else:
+            clean = clean.to(dtype)
+            noise = draws.normal(tuple(clean.shape[1:]), stream="noise", copies=copies, **key).to(dtype)
+        if isinstance(built.corruption, MaskingCorruption) and recipe.corruption.low_discrepancy:
+            size = recipe.optim.batch_size
+            u = draws.low_discrepancy(layout.num_blocks, stream="timestep", batch_size=size, copies=copies, **key)
+        else:
+            u = draws.uniform((layout.num_blocks,), stream="timestep", copies=copies, **key)
         kept: Tensor | None = None
         if built.model.null_label is not None:
             dropped = draws.uniform((), stream="label_dropout", **key) < recipe.optim.label_dropout
@@ -217,15 +226,17 @@ class Batches:
         """The clean blocks, or each one's corruption at a timestep and with noise of its own (streams of their own, so
         that the noisy copies see the draws they would see without), or what the model makes of them."""
         settings = self.built.recipe.corruption
+        corruption = self.built.corruption
+        if isinstance(corruption, MaskingCorruption):
+            return clean
         if settings.self_context:
             return own_context(
-                self.built.model, self.built.corruption, clean, labels, share=settings.self_context,
+                self.built.model, corruption, clean, labels, share=settings.self_context,
                 steps=settings.self_context_steps, strength=settings.self_context_strength, key=key,
             )  # fmt: skip
         level = settings.context_noise
         if level == 0:
             return clean
-        corruption = self.built.corruption
         u = draws.uniform((clean.shape[1],), stream="context_timestep", **key)
         noise = draws.normal(tuple(clean.shape[1:]), stream="context_noise", **key).to(clean.dtype)
         timestep = corruption.uniform_timesteps(level * u).to(self.device)

@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from acdit.corruption import GaussianCorruption
+from acdit.corruption import GaussianCorruption, MaskingCorruption
 from acdit.costs import Architecture
-from acdit.data.build import Dataset, build_dataset, length
+from acdit.data.build import TEXT_KINDS, Dataset, build_dataset, length
 from acdit.data.stream import StreamDataset
 from acdit.errors import ConfigError, DataError
 from acdit.model import PRESETS, ACDiTTransformer
 from acdit.pipelines import ACDiTPipeline
-from acdit.recipe import ModelRecipe, Recipe
+from acdit.pipelines_text import ACDiTTextPipeline
+from acdit.recipe import CorruptionRecipe, ModelRecipe, Recipe
 from acdit.training.codecs import Codec, build_codec, data_shape
+
+Corruption = GaussianCorruption | MaskingCorruption
+Pipeline = ACDiTPipeline | ACDiTTextPipeline
+
+_MASKING_ONLY = ("mask_draw", "mask_range", "first_token_given", "low_discrepancy", "range_search_every")
 
 
 @dataclass
@@ -28,24 +36,32 @@ class Built:
 
     recipe: Recipe
     model: ACDiTTransformer
-    corruption: GaussianCorruption
+    corruption: Corruption
     codec: Codec
     dataset: Dataset | StreamDataset
     total_steps: int
     vae: Any = None
     """The autoencoder that the pipeline decodes with, if the recipe names one."""
+    tokenizer: Any = None
+    """The tokenizer of text, where the data set has one: what the pipeline reads and writes text with."""
 
-    def pipeline(self) -> ACDiTPipeline:
+    def pipeline(self) -> Pipeline:
         """The pipeline around the model as it is now: what gets published."""
-        return assemble(self.recipe, self.model, self.dataset.class_names, self.vae)
+        return assemble(self.recipe, self.model, self.dataset.class_names, self.vae, self.tokenizer)
 
 
-def assemble(recipe: Recipe, model: ACDiTTransformer, class_names: Sequence[str], vae: Any = None) -> ACDiTPipeline:
-    """The pipeline around a model that was trained by a recipe, and its autoencoder if it has one; needs no data."""
+def assemble(
+    recipe: Recipe, model: ACDiTTransformer, class_names: Sequence[str], vae: Any = None, tokenizer: Any = None
+) -> Pipeline:
+    """The pipeline around a model that was trained by a recipe, and its autoencoder or tokenizer if it has one; needs
+    no data."""
+    corruption = _corruption(recipe)
+    if isinstance(corruption, MaskingCorruption):
+        return ACDiTTextPipeline(model, tokenizer, begins_with_bos=recipe.data.wrap != "joined")
     names = {str(index): name for index, name in enumerate(class_names)}
     return ACDiTPipeline(
         model,
-        _corruption(recipe).sampling_scheduler(),
+        corruption.sampling_scheduler(),
         vae=vae,
         latents=recipe.codec.kind == "vae",
         pixel_mean=recipe.codec.mean,
@@ -54,21 +70,38 @@ def assemble(recipe: Recipe, model: ACDiTTransformer, class_names: Sequence[str]
     )
 
 
+def load_pipeline(recipe: Recipe, folder: Path) -> Pipeline:
+    """The published pipeline of a run of this recipe."""
+    kind = ACDiTPipeline if recipe.model.vocab_size is None else ACDiTTextPipeline
+    pipeline: Pipeline = kind.from_pretrained(folder)
+    return pipeline
+
+
 def build(recipe: Recipe) -> Built:
     """Make model, corruption, codec and data set. The weights depend on the recipe's seed only.
+
+    The recipe of what is made has a `model.vocab_size` wherever the data are text: theirs, where none was given.
 
     Raises:
         ConfigError: parts that do not fit each other.
         DataError: the data are not what the recipe says.
     """
+    _check_corruption(recipe)
     dataset = build_dataset(recipe.data, recipe.codec.posterior)
     if length(dataset) == 0:
         raise DataError("data", found="no samples", expected="at least one", fix="check data.root and data.split")
+    if recipe.corruption.kind == "masking" and recipe.model.vocab_size is None:
+        filled = dataclasses.replace(recipe.model, vocab_size=getattr(dataset, "vocab_size", None))
+        recipe = dataclasses.replace(recipe, model=filled)
+    corruption = _corruption(recipe)
     model = build_model(recipe.model, recipe.seed)
     if recipe.train.precision == "fp64":
         model.double()
     codec, vae = build_codec(recipe, dataset)
-    _check_data(recipe, dataset, data_shape(dataset, codec), model)
+    if recipe.model.vocab_size is None:
+        _check_data(recipe, dataset, data_shape(dataset, codec), model)
+    else:
+        _check_text(recipe, dataset, model)
     steps = recipe.train.steps
     if steps is None:
         assert recipe.train.epochs is not None  # the recipe has exactly one of the two
@@ -82,18 +115,55 @@ def build(recipe: Recipe) -> Built:
     return Built(
         recipe=recipe,
         model=model,
-        corruption=_corruption(recipe),
+        corruption=corruption,
         codec=codec,
         vae=vae,
+        tokenizer=getattr(dataset, "tokenizer", None),
         dataset=dataset,
         total_steps=steps,
     )
 
 
-def _corruption(recipe: Recipe) -> GaussianCorruption:
-    settings = dataclasses.asdict(recipe.corruption)
-    known = inspect.signature(GaussianCorruption).parameters  # the rest is the batches' business
-    return GaussianCorruption(**{name: value for name, value in settings.items() if name in known})
+def _check_corruption(recipe: Recipe) -> None:
+    """The recipe's corruption must be one for its data, and its settings of use to it; reads no data."""
+    settings, kind = recipe.corruption, recipe.corruption.kind
+    if (kind == "masking") != (recipe.data.kind in TEXT_KINDS):
+        raise ConfigError(
+            "corruption.kind", found=f"{kind!r} with data.kind={recipe.data.kind}",
+            expected=f"'masking' for {', '.join(TEXT_KINDS)}, 'gaussian' for the rest",
+        )  # fmt: skip
+    if kind == "gaussian" and recipe.model.vocab_size is not None:
+        raise ConfigError("model.vocab_size", found=str(recipe.model.vocab_size), expected="null: the data are no text")
+    gaussian = [name for name in vars(settings) if name not in ("kind", "copies", *_MASKING_ONLY)]
+    for name in gaussian if kind == "masking" else _MASKING_ONLY:
+        usual = getattr(CorruptionRecipe(), name)
+        if getattr(settings, name) != usual:
+            raise ConfigError(
+                f"corruption.{name}", found=repr(getattr(settings, name)),
+                expected=f"{usual!r}: corruption.kind={kind} has no use for it",
+            )  # fmt: skip
+    if kind == "masking":
+        _masking(recipe, recipe.model.vocab_size or 1)
+
+
+def _corruption(recipe: Recipe) -> Corruption:
+    settings, vocab_size = recipe.corruption, recipe.model.vocab_size
+    if vocab_size is None:
+        known = inspect.signature(GaussianCorruption).parameters  # the rest is the batches' business
+        return GaussianCorruption(**{name: value for name, value in vars(settings).items() if name in known})
+    return _masking(recipe, vocab_size)
+
+
+def _masking(recipe: Recipe, vocab_size: int) -> MaskingCorruption:
+    settings = recipe.corruption
+    low, high = settings.mask_range
+    length = math.prod(recipe.model.block)
+    if settings.range_search_every is not None and length == 1:
+        raise ConfigError(
+            "corruption.range_search_every", found=str(settings.range_search_every),
+            expected="null: with one token a block there is nothing to choose",
+        )  # fmt: skip
+    return MaskingCorruption(length, vocab_size, settings.mask_draw, (low, high), settings.first_token_given)
 
 
 def build_model(recipe: ModelRecipe, seed: int = 0) -> ACDiTTransformer:
@@ -106,6 +176,8 @@ def build_model(recipe: ModelRecipe, seed: int = 0) -> ACDiTTransformer:
         if value is not None:
             sizes[name] = value
     given["patch"] = given["patch"] or 1
+    if given["time_conditioning"] is None:
+        given["time_conditioning"] = given["vocab_size"] is None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return ACDiTTransformer(**given, **sizes)
@@ -159,6 +231,26 @@ def _check_data(
             raise DataError(
                 f"label of sample {int(wrong[0])}", found=str(int(labels[wrong[0, 0]])), expected=f"0 … {classes - 1}"
             )
+
+
+def _check_text(recipe: Recipe, dataset: Any, model: ACDiTTransformer) -> None:
+    if dataset.vocab_size != model.config.vocab_size:
+        raise ConfigError(
+            "model.vocab_size", found=str(model.config.vocab_size), expected=f"{dataset.vocab_size}, as the data's "
+            "tokenizer has", fix=f"set model.vocab_size={dataset.vocab_size}, or leave it out",
+        )  # fmt: skip
+    if tuple(dataset.shape) != model.layout.grid:
+        raise ConfigError(
+            "model.grid", found=str(list(model.layout.grid)), expected=f"{list(dataset.shape)}, data.sequence_length",
+            fix=f"set data.sequence_length={model.layout.num_tokens}, or change model.grid",
+        )  # fmt: skip
+    if recipe.model.num_classes is not None:
+        raise ConfigError("model.num_classes", found=str(recipe.model.num_classes), expected="null: text has no labels")
+    if recipe.corruption.first_token_given and recipe.data.wrap == "joined":
+        raise ConfigError(
+            "corruption.first_token_given", found="true with data.wrap=joined", expected="false, or a wrap with BOS",
+            fix="set data.wrap=bos: else the first token of a sequence is one of the text",
+        )  # fmt: skip
 
 
 def _check_sampling(recipe: Recipe) -> None:

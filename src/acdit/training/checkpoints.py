@@ -130,6 +130,8 @@ def _describe(
         "environment": environment(world_size),
         "recipe": recipe_to_dict(recipe),
         "class_names": built.dataset.class_names,
+        "mask_range": getattr(built.corruption, "mask_range", None),
+        "tokenizer": getattr(built.tokenizer, "fingerprint", None),
     }
 
 
@@ -251,6 +253,20 @@ def require_same_run(
         raise ConfigError("data", found=found, expected=f"{expected}, as in the checkpoint")
     notes = [f"{path} differs: {old!r} → {new!r}" for path, (old, new) in changed.items()]
     return notes + [f"not bit-exact: {path} differs" for path in changed if path in INEXACT]
+
+
+def require_same_tokens(description: dict[str, Any], tokenizer: Any) -> None:
+    """Refuse a tokenizer whose ids mean something else than those of the checkpoint.
+
+    Raises:
+        ConfigError: another tokenizer.
+    """
+    now = getattr(tokenizer, "fingerprint", None)
+    if description.get("tokenizer") != now:
+        raise ConfigError(
+            "data.tokenizer", found="another tokenizer than the checkpoint's", expected="the same tokens and rules",
+            fix="restore the text or the tokenizer's files, or start a new run",
+        )  # fmt: skip
 
 
 def restore(

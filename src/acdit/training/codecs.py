@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from acdit.codecs import CachedLatentsCodec, PixelCodec, VAECodec, load_vae
+from acdit.codecs import CachedLatentsCodec, PixelCodec, TokenIdsCodec, VAECodec, load_vae
 from acdit.codecs.autoencoders import set_memory_savers
 from acdit.data.build import Dataset
 from acdit.data.latents import LatentsDataset, VAEIdentity
@@ -12,7 +12,7 @@ from acdit.data.stream import StreamDataset
 from acdit.errors import ConfigError
 from acdit.recipe import CodecRecipe, Recipe
 
-Codec = PixelCodec | VAECodec | CachedLatentsCodec
+Codec = PixelCodec | VAECodec | CachedLatentsCodec | TokenIdsCodec
 _CACHED = "the latents"
 
 
@@ -23,6 +23,10 @@ def build_codec(recipe: Recipe, dataset: Dataset | StreamDataset) -> tuple[Codec
         ConfigError: settings that do not fit together; an autoencoder that is not the one the latents were made with,
             or not the one the recipe describes: everything that differs is listed.
     """
+    if recipe.model.vocab_size is not None:
+        if recipe.codec != CodecRecipe():
+            raise ConfigError("codec", found=f"kind {recipe.codec.kind!r}", expected="its defaults: tokens need none")
+        return TokenIdsCodec(), None
     cached = isinstance(dataset, LatentsDataset)
     _require_fitting_kinds(recipe, cached)
     if recipe.codec.kind == "pixels":

@@ -57,7 +57,7 @@ def consolidate(
     return output
 
 
-def publish(checkpoint: Path, output: Path, vae: Any = None) -> None:
+def publish(checkpoint: Path, output: Path, vae: Any = None, tokenizer: Any = None) -> None:
     """model/ of a run from its newest checkpoint: the first average, and the others as variants (`ema_variant`)."""
     description = read_description(checkpoint)
     recipe, shards = recipe_from_dict(description["recipe"]), description.get("shards", 1)
@@ -65,7 +65,7 @@ def publish(checkpoint: Path, output: Path, vae: Any = None) -> None:
         for index, average in enumerate(description["ema"]):
             model = read_model(checkpoint, f"ema-{index}", recipe, shards)
             if index == 0:
-                assemble(recipe, model, description["class_names"], vae).save_pretrained(directory)
+                assemble(recipe, model, description["class_names"], vae, tokenizer).save_pretrained(directory)
             else:
                 model.save_pretrained(directory / "transformer", variant=ema_variant(average["decay"]))
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from acdit.codecs import load_tokenizer, require_vocabulary
 from acdit.errors import ConfigError, first_line
 from acdit.model import ACDiTTransformer
 
 logger = logging.getLogger(__name__)
 
 
-def initialise(model: ACDiTTransformer, source: str) -> list[str]:
+def initialise(model: ACDiTTransformer, source: str, tokenizer: Any = None) -> list[str]:
     """Copy the weights of a saved model; what has another shape keeps its fresh values.
 
     RoPE has no weights and blocks none either: an image model fits a video model of its width and depth. The label
@@ -22,12 +24,14 @@ def initialise(model: ACDiTTransformer, source: str) -> list[str]:
     Args:
         model: to be changed.
         source: folder of a pipeline (a run's model/) or of its transformer, or a hub id.
+        tokenizer: of the run's text. With as many tokens as the source's it must be the same; of another number, the
+            embedding and the output start afresh.
 
     Returns:
         Names of the parameters that were not taken.
 
     Raises:
-        ConfigError: no such model, or layers of another size.
+        ConfigError: no such model, layers of another size, ids that mean other tokens.
     """
     folder = Path(source)
     subfolder = None if (folder / "config.json").is_file() else "transformer"
@@ -50,6 +54,9 @@ def initialise(model: ACDiTTransformer, source: str) -> list[str]:
         for name, value in ours.items():
             if name not in fresh:
                 value.copy_(theirs[name])
+    saved = folder / "tokenizer"
+    if tokenizer is not None and saved.is_dir() and other.mask_token == model.mask_token:
+        require_vocabulary(tokenizer, tokenizer.vocab_size, load_tokenizer(str(saved)))
     if fresh:
         logger.warning("not taken from %s, because their shapes differ: %s", source, ", ".join(fresh))
     return fresh

@@ -20,26 +20,27 @@ import torch
 from torch import Tensor
 
 from acdit import storage
+from acdit.corruption import MaskingCorruption
 from acdit.data.build import length
 from acdit.data.stream import StreamDataset
 from acdit.errors import ConfigError, NonFiniteError, StorageError
-from acdit.pipelines import ACDiTPipeline
 from acdit.recipe import Recipe, recipe_from_dict, recipe_to_yaml
 from acdit.training import checkpoints, history
 from acdit.training.batches import Batch, Batches
-from acdit.training.build import Built, build, parameter_groups
+from acdit.training.build import Built, Pipeline, build, load_pipeline, parameter_groups
 from acdit.training.checkpoints import RunState
 from acdit.training.consolidate import empty_model, publish
 from acdit.training.ema import EMAWeights
 from acdit.training.initial import initialise
 from acdit.training.lr_schedules import decay_start, make_lr_scheduler
 from acdit.training.parallel import Parallel
+from acdit.training.range_search import choose_range
 from acdit.training.reporting import Report
 from acdit.training.shards import whole
 
 logger = logging.getLogger(__name__)
 
-Evaluate = Callable[[ACDiTPipeline, int], dict[str, float]]
+Evaluate = Callable[[Any, int], dict[str, float]]
 
 
 class Trainer:
@@ -48,7 +49,7 @@ class Trainer:
     Args:
         recipe: what to train.
         output_dir: the run's directory: recipe.yaml, log.jsonl, samples/, loss.png, checkpoint-N/, model/ (the averaged
-            weights as an `ACDiTPipeline`).
+            weights as an `ACDiTPipeline`, of text as an `ACDiTTextPipeline`).
         resume: "latest", "checkpoint-N" or a path: go on, exactly to the bit. None: a new run; the directory must hold
             no checkpoint.
         branch_from: path of another run's checkpoint to start from, with this recipe's learning-rate schedule.
@@ -76,13 +77,14 @@ class Trainer:
             raise ConfigError("resume, from", found="both", expected="one of the two")
         if recipe.train.threads is not None:
             torch.set_num_threads(recipe.train.threads)
-        self.recipe, self.run = recipe, Path(output_dir)
         self.evaluate, self.progress = evaluate, progress
         self.parallel = Parallel(recipe)
         self.built: Built = build(recipe)
+        recipe = self.built.recipe
+        self.recipe, self.run = recipe, Path(output_dir)
         self._require_even_batches()
         if recipe.train.init_from is not None and resume is None and branch_from is None:
-            initialise(self.built.model, recipe.train.init_from)
+            initialise(self.built.model, recipe.train.init_from, self.built.tokenizer)
         model = self.parallel.place(self.built.model)
         optimizer = torch.optim.AdamW(
             parameter_groups(model, recipe.optim.weight_decay),
@@ -103,7 +105,7 @@ class Trainer:
             self._restore(source, branch=branch_from is not None, allow_inexact=allow_inexact)
         self._interrupted: int | None = None
 
-    def train(self) -> ACDiTPipeline:
+    def train(self) -> Pipeline:
         """Run to the end.
 
         Returns:
@@ -119,7 +121,7 @@ class Trainer:
             stack.enter_context(self._signals())
             self._loop()
             self.parallel.processes.wait_for_all()
-            return ACDiTPipeline.from_pretrained(self.run / "model")
+            return load_pipeline(self.recipe, self.run / "model")
 
     def _open(self, stack: contextlib.ExitStack) -> None:
         """The run's directory, held until the stack is closed."""
@@ -138,11 +140,16 @@ class Trainer:
         saved_at = -1
         try:
             while state.step < total:
-                loss, norm = self._step(model, next(batches))
+                batch = next(batches)
+                loss, norm = self._step(model, batch)
                 state.loss_sum += loss
                 state.loss_count += 1
                 report.step()
                 last = state.step == total
+                every = recipe.corruption.range_search_every
+                if every is not None and state.step % every == 0:
+                    # Before saving: the checkpoint holds what the next step is drawn with.
+                    report.record(state.step, choose_range(self.built, model, batch, parallel, state.step))
                 if state.step % recipe.train.log_every == 0 or last:
                     self._log(report, norm)
                 stopping = self._stop_requested()
@@ -222,7 +229,9 @@ class Trainer:
         self.state.loss_sum = self.parallel.processes.mean(self.state.loss_sum)
         place = self._place_in_data()
         checkpoint = checkpoints.save(self.state, self.recipe, self.run, self.built, self.parallel, place)
-        self.parallel.processes.by_first(lambda: publish(checkpoint, self.run / "model", self.built.vae))
+        self.parallel.processes.by_first(
+            lambda: publish(checkpoint, self.run / "model", self.built.vae, self.built.tokenizer)
+        )
 
     def _place_in_data(self) -> dict[str, Any]:
         dataset = self.built.dataset
@@ -253,6 +262,7 @@ class Trainer:
             description, self.recipe, self.built.total_steps, old_steps,
             branch=branch, dataset_length=samples,
         )  # fmt: skip
+        checkpoints.require_same_tokens(description, self.built.tokenizer)
         step = description["step"]
         if branch and old.optim.schedule == "wsd" and step > decay_start(old.optim, old_steps):
             notes.append(f"{path.name} lies in the decay of its run, not in the constant phase")
@@ -265,6 +275,9 @@ class Trainer:
         )
         if isinstance(self.built.dataset, StreamDataset):
             self.built.dataset.load_state(description["sampler"]["stream"])
+        if isinstance(self.built.corruption, MaskingCorruption) and self.recipe.corruption.range_search_every:
+            low, high = description["mask_range"]
+            self.built.corruption.set_range((low, high))
         logger.info("%s %s at step %d", "branching from" if branch else "resuming", path.name, step)
         for note in notes if self.parallel.main else ():
             logger.warning("%s", note)

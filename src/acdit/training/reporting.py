@@ -13,6 +13,7 @@ from tqdm import tqdm
 from acdit import pictures, storage
 from acdit.errors import DataError
 from acdit.pipelines import ACDiTPipeline
+from acdit.pipelines_text import ACDiTTextPipeline
 from acdit.recipe import Recipe
 
 logger = logging.getLogger(__name__)
@@ -72,12 +73,20 @@ class Report:
             for name, value in {**values, "samples_per_second": speed}.items():
                 self._tensorboard.add_scalar(name, value, step)
 
-    def samples(self, pipeline: ACDiTPipeline, step: int) -> None:
+    def samples(self, pipeline: ACDiTPipeline | ACDiTTextPipeline, step: int) -> None:
         """Draw samples/step-N.png: up to 8 classes, one a column (of clips one a row, a frame a column), and the loss
-        curve so far."""
+        curve so far. Of text: four of them in samples/step-N.txt."""
         if not self.active:
             return
         recipe = self.recipe
+        if isinstance(pipeline, ACDiTTextPipeline):
+            tokens, texts = pipeline(batch_size=4, generator=recipe.seed, return_dict=False)
+            texts = texts or [" ".join(map(str, row)) for row in tokens]
+            place = self.run / "samples" / f"step-{step}.txt"
+            place.parent.mkdir(exist_ok=True)
+            place.write_text("\n\n----\n\n".join(texts) + "\n", encoding="utf-8")
+            self.loss_curve()
+            return
         classes = recipe.model.num_classes
         labels = recipe.sampling.labels or (list(range(min(classes, 8))) if classes else None)
         count = len(labels) if labels else 8
