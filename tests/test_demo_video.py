@@ -31,7 +31,7 @@ def test_the_tracked_centre_is_where_the_digit_truly_is() -> None:
 
 def test_real_clips_score_as_real_and_others_do_not() -> None:
     recipe = load_recipe(demo_video.RECIPE)
-    held_out = moving_digits("held_out", recipe.data.frames)
+    held_out = moving_digits("held_out", recipe.data.frames, 12)
     real = torch.stack([held_out[index][0].transpose(0, 1) for index in range(400)])
     labels = held_out.labels[:400]
 
@@ -41,18 +41,18 @@ def test_real_clips_score_as_real_and_others_do_not() -> None:
         def accuracy(self, pixels: torch.Tensor, asked: torch.Tensor) -> float:
             return 0.9 if torch.equal(pixels, real[:, 2]) else 1.0
 
-    figures = demo_video.measure_clips(real, labels, Oracle((1, 16, 16), 10), recipe)
+    figures = demo_video.measure_clips(real, labels, Oracle((1, 12, 12), 10), recipe)
     assert figures["frame_accuracy"] == 0.9
     assert figures["velocity_error"] < 0.1
     slow = real[:, :1].expand(-1, real.shape[1], -1, -1, -1)  # digits that do not move
-    assert demo_video.measure_clips(slow, labels, Oracle((1, 16, 16), 10), recipe)["velocity_error"] == pytest.approx(1)
+    assert demo_video.measure_clips(slow, labels, Oracle((1, 12, 12), 10), recipe)["velocity_error"] == pytest.approx(1)
 
 
 def test_it_leaves_what_it_promises_and_refuses_a_strangers_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("av")
-    judge = SmallClassifier((1, 16, 16), 10).eval()
+    judge = SmallClassifier((1, 12, 12), 10).eval()
     monkeypatch.setattr(demo_video, "frame_classifier", lambda recipe: (judge, 0.99))
     run = tmp_path / "demo"
     options = {"overrides": TINY, "clips": 10, "stream_blocks": 12, "streams": 10, "progress": False}

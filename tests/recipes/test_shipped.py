@@ -48,6 +48,7 @@ def test_the_papers_runs_baselines_and_ablations_are_all_there() -> None:
         "mnist",
         "cifar10",
         "moving-digits",
+        "moving-digits-first",
         "moving-mnist",
         *VIDEO,
     }
@@ -176,7 +177,8 @@ def test_an_ablation_changes_what_it_is_named_after_and_its_length() -> None:
     [
         ("mnist", 196, 4, 724_868),
         ("cifar10", 256, 4, 726_412),
-        ("moving-digits", 512, 4, 330_120),
+        ("moving-digits", 144, 4, 1_276_688),
+        ("moving-digits-first", 36, 1, 1_276_688),
         ("moving-mnist", 1280, 5, 9_769_280),
     ],
 )

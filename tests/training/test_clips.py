@@ -142,7 +142,7 @@ def test_the_command_shows_what_clips_hold(root: Path, capsys: pytest.CaptureFix
     assert main(["data", "moving-digits", "--samples", "50"]) == 0
     printed = capsys.readouterr().out
     assert "samples          10,000" in printed
-    assert "sample           1 × 16 × 16 × 16 (channels × frames × height × width)" in printed
+    assert "sample           1 × 16 × 12 × 12 (channels × frames × height × width)" in printed
     settings = ["data.kind=clips", f"data.root={root}", "data.channels=3", "model.num_classes=2", "data.frames=9"]
     assert main(["data", "moving-digits", *settings, "data.size=12"]) == 0
     printed = capsys.readouterr().out

@@ -1,0 +1,222 @@
+"""How streams age: quality block by block, far beyond the trained length, with and without what is meant to help.
+
+    python benchmarks/drift.py                       # everything; the same command goes on after a kill
+    python benchmarks/drift.py --base runs/demo-video/model --stage measure
+
+Models, all of the recipe moving-digits: with its window; without one; and the windowed one fine-tuned for some steps
+more, plainly (the control), with context noise, and with its own blocks as context. Each streams the same labels and
+noise. Everything lies in runs/drift; figures and picture go to docs/results/.
+
+Quality is read by the demo's judge, a classifier of single frames: the share of frames whose digit it reads, and the
+Fréchet distance of its features between the frames of a block and all frames of held-out clips.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from acdit import provenance, storage
+from acdit.data.moving import MovingDigitsDataset, moving_digits
+from acdit.demo_video import frame_classifier, speeds
+from acdit.evaluation import ClassifierFacts, load_classifier, save_classifier
+from acdit.evaluation.frechet import feature_statistics, frechet_distance
+from acdit.mask import Window
+from acdit.pipelines import ACDiTPipeline
+from acdit.recipe import Recipe, load_recipe
+from acdit.streaming import Stream
+from acdit.training import Trainer
+from acdit.training.history import committed_checkpoints
+
+RECIPE = "moving-digits"
+RESULTS = Path(__file__).parent.parent / "docs" / "results"
+FINE_TUNED = {
+    "control": [],
+    "context noise": ["corruption.context_noise=0.2"],
+    "self-context": ["corruption.self_context=0.5"],
+}
+"""What the windowed model is trained on with, after its end."""
+TRAINED_BLOCKS = 4
+CLASSES = 10
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", help="of the recipe, such as train.steps=100")
+    parser.add_argument("--base", type=Path, help="a trained windowed model (default: one is trained here)")
+    parser.add_argument("--output", type=Path, default=Path("runs/drift"))
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--streams", type=int, default=100, help="side by side")
+    parser.add_argument("--blocks", type=int, default=50)
+    parser.add_argument("--steps", type=int, help="of the solver, a block (default: the recipe's)")
+    parser.add_argument("--fine-tuning", type=int, default=200, metavar="STEPS")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--stage", choices=("train", "measure", "draw", "all"), default="all")
+    options = parser.parse_args()
+    recipe = load_recipe(RECIPE, [f"seed={options.seed}", *options.overrides])
+    if options.stage in ("train", "all"):
+        train(recipe, options)
+    if options.stage in ("measure", "all"):
+        measure(recipe, options)
+    draw(options)
+
+
+def train(recipe: Recipe, options: argparse.Namespace) -> None:
+    """The models, one after the other; what is finished stays."""
+    if options.base is None:
+        run(options.output / "windowed", options)
+    run(options.output / "unwindowed", options, "model.window=null")
+    tuning = (
+        f"train.steps={options.fine_tuning}", f"train.init_from={base_model(options)}", f"seed={options.seed + 1}",
+        f"optim.lr={recipe.optim.lr / 4}",
+    )  # fmt: skip
+    for name, overrides in FINE_TUNED.items():
+        run(options.output / name.replace(" ", "-"), options, *tuning, *overrides)
+
+
+def run(folder: Path, options: argparse.Namespace, *overrides: str) -> None:
+    """Train one model, or go on."""
+    if (folder / "seconds.json").is_file():
+        return
+    recipe = load_recipe(RECIPE, [f"seed={options.seed}", "train.sample_every=null", *options.overrides, *overrides])
+    started = time.perf_counter()
+    Trainer(recipe, folder, resume="latest" if committed_checkpoints(folder) else None).train()
+    storage.write_json_atomic(folder / "seconds.json", round(time.perf_counter() - started, 1))
+
+
+def base_model(options: argparse.Namespace) -> Path:
+    """The windowed model."""
+    return options.base or options.output / "windowed" / "model"
+
+
+def settings(options: argparse.Namespace) -> dict[str, tuple[Path, Window | None]]:
+    """What streams: a model, and the window it streams with (None: its own, or the whole past)."""
+    whole = options.output / "unwindowed" / "model"
+    return {
+        "window": (base_model(options), None),
+        "whole past": (whole, None),
+        "whole past, streamed with a window": (whole, Window(load_recipe(RECIPE).model.window or 3)),
+        **{name: (options.output / name.replace(" ", "-") / "model", None) for name in FINE_TUNED},
+    }
+
+
+def measure(recipe: Recipe, options: argparse.Namespace) -> None:
+    """Stream with each model, judge each block; frames are kept, so only what is new is drawn."""
+    judge = load_judge(recipe, options.output / "judge.safetensors")
+    held_out = frames_of(moving_digits("held_out", recipe.data.frames, recipe.data.size or 16))
+    reference = feature_statistics(judge.features(held_out.flatten(0, 1)))
+    result: dict[str, Any] = {}
+    labels = torch.arange(options.streams) % CLASSES
+    for name, (model, window) in settings(options).items():
+        frames, seconds = streamed(name, model, window, recipe, options)
+        result[name] = {**judged(frames, labels, judge, reference), "seconds": seconds}
+        result[name]["model"] = provenance.weights_sha256(ACDiTPipeline.from_pretrained(model).transformer)
+        print(name, {key: value[:: options.blocks // 5] for key, value in result[name].items() if key != "seconds"})
+    train_clips = moving_digits("train", recipe.data.frames, recipe.data.size or 16)
+    real = torch.stack([train_clips[index][0].transpose(0, 1) for index in range(options.streams)])
+    figures = {
+        "over_blocks": result,
+        "real": judged(real[:, :4], train_clips.labels[: options.streams], judge, reference),
+        "trained_blocks": TRAINED_BLOCKS, "streams": options.streams, "blocks": options.blocks,
+        "fine_tuning_steps": options.fine_tuning, "fine_tuned_with": FINE_TUNED,
+        "num_inference_steps": options.steps or recipe.sampling.num_inference_steps,
+        "guidance_scale": recipe.sampling.guidance_scale, "seed": options.seed, "overrides": options.overrides,
+        "command": provenance.command_line(), "commit": provenance.commit(), "machine": provenance.machine(),
+        "versions": provenance.versions(),
+    }  # fmt: skip
+    options.results.mkdir(parents=True, exist_ok=True)
+    storage.write_json_atomic(options.results / "drift.json", figures)
+
+
+def load_judge(recipe: Recipe, path: Path) -> Any:
+    """The demo's judge, trained once."""
+    if not path.is_file():
+        judge, accuracy = frame_classifier(recipe)
+        edge = recipe.data.size or 16
+        facts = ClassifierFacts("small", (1, int(edge), int(edge)), CLASSES, "frames of moving digits", accuracy)
+        save_classifier(judge, facts, path)
+    return load_classifier(path)[0]
+
+
+def frames_of(clips: MovingDigitsDataset) -> Tensor:
+    """(M, T, C, H, W) uint8."""
+    return torch.stack([clips[index][0].transpose(0, 1) for index in range(len(clips))])
+
+
+def streamed(
+    name: str, model: Path, window: Window | None, recipe: Recipe, options: argparse.Namespace
+) -> tuple[Tensor, float]:
+    """(M, T, C, H, W) uint8 of as many blocks as asked, and the seconds it took."""
+    kept = options.output / "streams" / f"{name.replace(' ', '-').replace(',', '')}.safetensors"
+    if kept.is_file():
+        held = load_file(kept)
+        return held["frames"], float(held["seconds"])
+    pipeline = ACDiTPipeline.from_pretrained(model)
+    stream = Stream(
+        pipeline, (torch.arange(options.streams) % CLASSES).tolist(),
+        num_inference_steps=options.steps or recipe.sampling.num_inference_steps,
+        guidance_scale=recipe.sampling.guidance_scale, seed=options.seed, window=window, max_blocks=options.blocks,
+    )  # fmt: skip
+    started = time.perf_counter()
+    parts = [
+        (frames.clamp(0, 1) * 255).round().to(torch.uint8)
+        for frames in tqdm(stream.frames(options.blocks), total=options.blocks, desc=name)
+    ]
+    seconds = time.perf_counter() - started
+    frames = torch.cat(parts, dim=1)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with storage.atomic_file(kept) as temporary:
+        save_file({"frames": frames, "seconds": torch.tensor(seconds)}, temporary)
+    return frames, seconds
+
+
+def judged(frames: Tensor, labels: Tensor, judge: Any, reference: tuple[Tensor, Tensor]) -> dict[str, list[float]]:
+    """Of each block: frames read right, Fréchet distance to held-out frames, mean speed in pixels a frame."""
+    accuracy, distance, speed = [], [], []
+    for block in frames.split(4, dim=1):
+        flat = block.flatten(0, 1)
+        accuracy.append(round(judge.accuracy(flat, labels.repeat_interleave(block.shape[1])), 4))
+        with torch.no_grad():
+            distance.append(round(frechet_distance(*feature_statistics(judge.features(flat)), *reference), 3))
+        speed.append(round(float(speeds(block).mean()), 4))
+    return {"frame_accuracy": accuracy, "frechet_distance": distance, "speed": speed}
+
+
+def draw(options: argparse.Namespace) -> None:
+    """Accuracy, distance and speed against blocks."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    result = json.loads((options.results / "drift.json").read_text(encoding="utf-8"))
+    figure = Figure(figsize=(13, 4), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    titles = {
+        "frame_accuracy": "frames whose digit is read", "frechet_distance": "Fréchet distance to held-out frames",
+        "speed": "speed, pixels a frame",
+    }  # fmt: skip
+    for panel, (metric, title) in zip(figure.subplots(1, 3), titles.items(), strict=True):
+        for name, figures in result["over_blocks"].items():
+            values = figures[metric]
+            panel.plot(range(1, len(values) + 1), values, label=name, linewidth=1.3)
+        panel.axhline(result["real"][metric][0], color="#888", linestyle="--", linewidth=1, label="real clips")
+        panel.axvline(result["trained_blocks"], color="#bbb", linestyle=":", linewidth=1)
+        panel.set(title=title, xlabel="block", yscale="log" if metric == "frechet_distance" else "linear")
+        panel.grid(True, color="#e8ebf0", linewidth=0.7)
+        panel.spines[["top", "right"]].set_visible(False)
+    panel.legend(fontsize=7, frameon=False)
+    path = options.results / "drift.png"
+    with storage.atomic_file(path) as temporary:
+        figure.savefig(temporary, format="png")
+    print(f"see {options.results}/drift.json, drift.png")
+
+
+if __name__ == "__main__":
+    main()
