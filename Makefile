@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 REFERENCE ?=
 
-.PHONY: venv demo demo-video test test-all lint format bench clean
+.PHONY: venv demo demo-video demo-text test test-all lint format bench clean
 
 venv: $(READY)
 
@@ -23,6 +23,9 @@ demo: $(READY)
 
 demo-video: $(READY)
 	$(BIN)/acdit demo --video --output runs/demo-video
+
+demo-text: $(READY)
+	$(BIN)/acdit demo --text --output runs/demo-text
 
 # A worker a core, a thread a worker: two threads in each of two workers would wait for each other on two cores.
 test: $(READY)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from acdit.errors import ConfigError
 from acdit.layers import RMSNorm, TimestepEmbedder
 from acdit.model import PRESETS
 from acdit.recompute import checkpoint_elementwise
-from acdit.rope import FORMS
+from acdit.rope import FORMS, base_for_extent
 from tests.conftest import blocks_like, tiny_model
 
 LAYOUTS = {
@@ -119,6 +120,26 @@ def test_a_split_without_axes_to_split_is_refused() -> None:
     for options in ({"rope": "1d", "rope_split": (1, 1)}, {"rope": "none", "rope_split": (1,)}, {"rope": "axial2"}):
         with pytest.raises(ConfigError, match="rope"):
             tiny_model(**options)
+
+
+def test_a_base_that_is_none_or_that_nothing_uses_is_refused() -> None:
+    for options in (
+        {"rope_base": 1.0},
+        {"rope_base": -5.0},
+        {"rope_base": math.inf},
+        {"rope_base": 1e4, "rope": "none"},
+    ):
+        with pytest.raises(ConfigError, match="rope_base"):
+            tiny_model(**options)
+
+
+def test_the_base_of_the_rule_written_out_is_the_rule() -> None:
+    ruled, given, other = (tiny_model(rope="1d", rope_base=base) for base in (None, 200.0, 10_000.0))
+    assert base_for_extent(ruled.layout.num_tokens) == 200
+    clean, noisy = blocks_like(ruled, 2), blocks_like(ruled, 2)
+    outs = [model(clean, noisy, 500, torch.tensor([1, 2])).sample for model in (ruled, given, other)]
+    assert torch.equal(outs[0], outs[1])
+    assert (outs[0] - outs[2]).abs().max() > 1e-6
 
 
 def test_blocks_may_be_read_one_by_one_or_together() -> None:

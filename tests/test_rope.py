@@ -96,6 +96,15 @@ def test_no_rope_is_the_identity() -> None:
     assert torch.equal(out, x)
 
 
+def test_a_given_base_is_that_of_every_axis() -> None:
+    x, position = torch.randn(16, dtype=torch.float64), (7, 5)
+    turn = rotation(torch.tensor(position), 16, (8, 8), (1, 1), "axial", torch.float64, base=10_000)
+    expected = torch.cat(
+        [rope_1d_by_hand(part, place, 10_000) for part, place in zip(x.split(8), position, strict=True)]
+    )
+    torch.testing.assert_close(rotate(x, *turn, "axial"), expected, rtol=0, atol=1e-12)
+
+
 def test_bases_follow_the_extent() -> None:
     assert base_for_extent(1024) == 2700
     assert base_for_extent(32) == 100

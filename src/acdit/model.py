@@ -80,6 +80,7 @@ class ACDiTTransformer(SafetensorsOnly, ModelMixin, ConfigMixin):
             "none"; see `acdit.rope`.
         rope_split: proportion of the head dimension per axis; None: even, and 2:3:3 for three axes. "1d" and "none"
             have no axes to split between.
+        rope_base: base of the angles of every axis, such as 10000; None: by the rule of `acdit.rope.base_for_extent`.
         window: clean blocks before its own that a block sees, in training and sampling; None: all of them.
         sink_blocks: with a window, blocks at the very beginning that stay in sight.
         sink_positions: "true": sinks keep their positions; "sliding": they are seen right before the window, moved
@@ -111,6 +112,7 @@ class ACDiTTransformer(SafetensorsOnly, ModelMixin, ConfigMixin):
         num_classes: int | None = None,
         rope: str = "axial",
         rope_split: Sequence[int] | None = None,
+        rope_base: float | None = None,
         window: int | None = None,
         sink_blocks: int = 0,
         sink_positions: str = "true",
@@ -120,7 +122,7 @@ class ACDiTTransformer(SafetensorsOnly, ModelMixin, ConfigMixin):
         super().__init__()
         self.layout = BlockLayout(grid, block, patch)
         self.window = make_window(window, sink_blocks, sink_positions, can_turn=rope != "reference")
-        self.positions = Positions(self.layout, attention_head_dim, rope, rope_split)
+        self.positions = Positions(self.layout, attention_head_dim, rope, rope_split, rope_base)
         hidden_size = num_attention_heads * attention_head_dim
         if int(hidden_size * mlp_ratio) < 1:
             raise ConfigError("mlp_ratio", found=str(mlp_ratio), expected=f"at least 1/{hidden_size}, one feature")

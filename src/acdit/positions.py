@@ -5,6 +5,7 @@ Shapes: L tokens a block, K head width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -26,14 +27,21 @@ class Positions:
         head_dim: K.
         form: "axial", "reference", "1d" or "none"; see `acdit.rope`.
         split: proportion of the head dimension per axis; None: `default_split`.
+        base: of the angles of every axis; None: `base_for_extent` of each.
 
     Raises:
-        ConfigError: an unknown form, a split of another number of axes, a head dimension that does not split.
+        ConfigError: an unknown form, a split of another number of axes, a head dimension that does not split, a base
+            that is not above 1 or that nothing would use.
     """
 
-    def __init__(self, layout: BlockLayout, head_dim: int, form: str, split: Sequence[int] | None) -> None:
+    def __init__(
+        self, layout: BlockLayout, head_dim: int, form: str, split: Sequence[int] | None, base: float | None = None
+    ) -> None:
         require_form(form)
-        self.layout, self.head_dim, self.form = layout, head_dim, form
+        self.layout, self.head_dim, self.form, self.base = layout, head_dim, form, base
+        if base is not None and (form == "none" or not 1 < base < math.inf):
+            expected = "null: there are no positions" if form == "none" else "a number above 1, or null"
+            raise ConfigError("rope_base", found=str(base), expected=expected)
         axes = 1 if form in ("1d", "none") else layout.ndim
         self.split = tuple(split) if split else default_split(axes)
         if len(self.split) != axes or (split and form == "none"):
@@ -75,4 +83,4 @@ class Positions:
 
     def _rotation(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         extents = (self.layout.num_tokens,) if self.form == "1d" else self.layout.token_grid
-        return rotation(positions, self.head_dim, extents, self.split, self.form, dtype)
+        return rotation(positions, self.head_dim, extents, self.split, self.form, dtype, self.base)

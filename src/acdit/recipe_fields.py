@@ -23,6 +23,7 @@ class ModelRecipe:
     num_classes: int | None = None
     rope: str = "axial"
     rope_split: list[int] | None = None
+    rope_base: float | None = None
     window: int | None = None
     sink_blocks: int = 0
     sink_positions: str = "true"
@@ -251,6 +252,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "model.grid": (1, 2**31), "model.block": (1, 2**31), "model.patch": (1, 2**31),
     "model.in_channels": (1, 2**31), "model.num_layers": (1, 2**31), "model.num_attention_heads": (1, 2**31),
     "model.attention_head_dim": (2, 2**31), "model.num_classes": (1, 2**31), "model.rope_split": (1, 2**31),
+    "model.rope_base": (1 + 1e-9, math.inf),
     "model.vocab_size": (1, 2**31), "model.window": (1, 2**31), "model.sink_blocks": (0, 2**31),
     "data.size": (1, 2**31), "data.channels": (1, 5), "data.max_bad_files": (0, 2**31), "data.num_workers": (0, 4096),
     "data.shuffle_buffer": (1, 2**31), "data.frames": (1, 2**16), "data.frame_stride": (1, 2**16),

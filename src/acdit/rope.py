@@ -62,7 +62,13 @@ def segment_widths(head_dim: int, split: Sequence[int]) -> tuple[int, ...]:
 
 
 def rotation(
-    positions: Tensor, head_dim: int, extents: Sequence[int], split: Sequence[int], form: str, dtype: torch.dtype
+    positions: Tensor,
+    head_dim: int,
+    extents: Sequence[int],
+    split: Sequence[int],
+    form: str,
+    dtype: torch.dtype,
+    base: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Cosines and signed sines for `rotate`.
 
@@ -73,6 +79,7 @@ def rotation(
         split: proportion of the head dimension per axis.
         form: one of `FORMS`; "1d" is given one axis.
         dtype: fp32, or fp64 for fp64 models.
+        base: of every axis, whatever its extent; None: `base_for_extent`.
 
     Returns:
         cos and sin, each (…, K); sin carries the sign of the feature's partner.
@@ -90,8 +97,7 @@ def rotation(
         else:
             # The reference's own arithmetic: a linspace over the head dimension, then divided by it.
             exponents = torch.linspace(0, head_dim, pairs, device=positions.device, dtype=dtype) / head_dim
-        base = base_for_extent(extents[axis])
-        frequencies = 1.0 / base**exponents
+        frequencies = 1.0 / (base_for_extent(extents[axis]) if base is None else base) ** exponents
         angles.append(positions[..., axis, None].to(frequencies.dtype) * frequencies)
     if form != "reference":
         angle = torch.cat(angles, dim=-1).repeat_interleave(2, dim=-1)

@@ -13,6 +13,7 @@ from typing import Any
 
 from acdit.cli.clips import add_clip_options, asked_cut, require_samples_of
 from acdit.cli.evaluate_text import add_text_options, evaluate_text, require_no_text_options
+from acdit.cli.generated_text import evaluate_generated
 from acdit.cli.models import add_sampling_options, asked_labels, averaging_of, is_text_model, load_pipeline
 from acdit.cli.parser import AddCommand, positive
 
@@ -42,6 +43,7 @@ def add(command: AddCommand) -> None:
         "  acdit evaluate runs/b4/model runs/b8/model --reference REF --extractor pixels --sweep steps=5,10,25\n"
         "  acdit evaluate clips/ --reference real_clips/ --extractor i3d --weights i3d_torchscript.pt --frames 16\n"
         "  acdit evaluate runs/text/model data.split=held_out --draws 16\n"
+        "  acdit evaluate texts/ --language-model gpt2-large/\n"
         "  acdit evaluate --self-test",
     )  # fmt: skip
     made.add_argument(
@@ -89,6 +91,9 @@ def _evaluate(options: argparse.Namespace) -> None:
     from acdit.evaluation.sweep import parse_axes, require_matplotlib
     from acdit.processes import joined_processes
 
+    if options.language_model is not None:
+        evaluate_generated(options)
+        return
     if options.samples and is_text_model(options.samples[0]):
         evaluate_text(options)
         return

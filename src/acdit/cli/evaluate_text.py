@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from acdit.data.text import TextDataset
     from acdit.recipe import Recipe
 
-_OTHERS = (
+OTHERS = (
     "extractor", "weights", "preprocessing", "frames", "frame_stride", "span", "work", "size", "sweep", "self_test"
 )  # fmt: skip
 
@@ -31,6 +31,10 @@ def add_text_options(made: argparse.ArgumentParser) -> None:
         "that is told t)",
     )  # fmt: skip
     group.add_argument("--draws", type=positive, metavar="N", help="draws of masks a sequence (default 8)")
+    group.add_argument(
+        "--language-model", metavar="DIR", help="of texts (SAMPLES are .txt files, or folders of them): a local GPT-2, "
+        "by which their generative perplexity is measured",
+    )  # fmt: skip
 
 
 def require_no_text_options(options: argparse.Namespace) -> None:
@@ -98,7 +102,7 @@ def evaluate_text(options: argparse.Namespace) -> None:
         "block": list(model.layout.block),
         "dtype": options.dtype,
         "seed": options.seed,
-        **_provenance(),
+        **provenance_fields(),
         "seconds": round(time.perf_counter() - started, 1),
     }
     output = Path(options.output)
@@ -115,7 +119,7 @@ def evaluate_text(options: argparse.Namespace) -> None:
 def _require_fitting(options: argparse.Namespace) -> None:
     from acdit.errors import ConfigError
 
-    for name in _OTHERS:
+    for name in OTHERS:
         if getattr(options, name):
             raise ConfigError(f"--{name.replace('_', '-')}", found="a model of text", expected="pictures or clips")
     wrong = [text for text in options.samples[1:] if "=" not in text]
@@ -169,7 +173,8 @@ def _dataset(recipe: Recipe, pipeline: Any) -> TextDataset:
     return dataset
 
 
-def _provenance() -> dict[str, Any]:
+def provenance_fields() -> dict[str, Any]:
+    """Command, commit, versions and machine."""
     from acdit import provenance
 
     return {
