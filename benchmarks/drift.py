@@ -1,11 +1,11 @@
 """How streams age: quality block by block, far beyond the trained length, with and without what is meant to help.
 
     python benchmarks/drift.py                       # everything; the same command goes on after a kill
-    python benchmarks/drift.py --base runs/demo-video/model --stage measure
+    python benchmarks/drift.py --demo runs/demo-video        # with the models that the video demo left
 
-Models, all of the recipe moving-digits: with its window; without one; and the windowed one fine-tuned for some steps
-more, plainly (the control), with context noise, and with its own blocks as context. Each streams the same labels and
-noise. Everything lies in runs/drift; figures and picture go to docs/results/.
+Models of the recipe moving-digits, all from one first block (moving-digits-first): with its window; without one; and
+the windowed one fine-tuned for some steps more, plainly (the control), with context noise, and with its own blocks as
+context. Each streams the same labels and noise. Everything lies in runs/drift; figures and picture go to docs/results/.
 
 Quality is read by the demo's judge, a classifier of single frames: the share of frames whose digit it reads, and the
 Fréchet distance of its features between the frames of a block and all frames of held-out clips.
@@ -37,6 +37,7 @@ from acdit.training import Trainer
 from acdit.training.history import committed_checkpoints
 
 RECIPE = "moving-digits"
+FIRST_RECIPE = "moving-digits-first"
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
 FINE_TUNED = {
     "control": [],
@@ -51,7 +52,7 @@ CLASSES = 10
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", help="of the recipe, such as train.steps=100")
-    parser.add_argument("--base", type=Path, help="a trained windowed model (default: one is trained here)")
+    parser.add_argument("--demo", type=Path, help="a video demo's folder (default: its models are trained here)")
     parser.add_argument("--output", type=Path, default=Path("runs/drift"))
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--streams", type=int, default=100, help="side by side")
@@ -71,9 +72,10 @@ def main() -> None:
 
 def train(recipe: Recipe, options: argparse.Namespace) -> None:
     """The models, one after the other; what is finished stays."""
-    if options.base is None:
-        run(options.output / "windowed", options)
-    run(options.output / "unwindowed", options, "model.window=null")
+    if options.demo is None:
+        run(options.output / "first", options, recipe=FIRST_RECIPE)
+        run(options.output / "windowed", options, f"train.init_from={first_model(options)}")
+    run(options.output / "unwindowed", options, f"train.init_from={first_model(options)}", "model.window=null")
     tuning = (
         f"train.steps={options.fine_tuning}", f"train.init_from={base_model(options)}", f"seed={options.seed + 1}",
         f"optim.lr={recipe.optim.lr / 4}",
@@ -82,19 +84,26 @@ def train(recipe: Recipe, options: argparse.Namespace) -> None:
         run(options.output / name.replace(" ", "-"), options, *tuning, *overrides)
 
 
-def run(folder: Path, options: argparse.Namespace, *overrides: str) -> None:
+def run(folder: Path, options: argparse.Namespace, *overrides: str, recipe: str = RECIPE) -> None:
     """Train one model, or go on."""
     if (folder / "seconds.json").is_file():
         return
-    recipe = load_recipe(RECIPE, [f"seed={options.seed}", "train.sample_every=null", *options.overrides, *overrides])
+    made = load_recipe(recipe, [f"seed={options.seed}", "train.sample_every=null", *options.overrides, *overrides])
     started = time.perf_counter()
-    Trainer(recipe, folder, resume="latest" if committed_checkpoints(folder) else None).train()
+    Trainer(made, folder, resume="latest" if committed_checkpoints(folder) else None).train()
     storage.write_json_atomic(folder / "seconds.json", round(time.perf_counter() - started, 1))
 
 
 def base_model(options: argparse.Namespace) -> Path:
     """The windowed model."""
-    return options.base or options.output / "windowed" / "model"
+    folder: Path = options.output / "windowed" if options.demo is None else options.demo
+    return folder / "model"
+
+
+def first_model(options: argparse.Namespace) -> Path:
+    """The model of the first block alone."""
+    folder: Path = options.output if options.demo is None else options.demo
+    return folder / "first" / "model"
 
 
 def settings(options: argparse.Namespace) -> dict[str, tuple[Path, Window | None]]:
@@ -111,7 +120,7 @@ def settings(options: argparse.Namespace) -> dict[str, tuple[Path, Window | None
 def measure(recipe: Recipe, options: argparse.Namespace) -> None:
     """Stream with each model, judge each block; frames are kept, so only what is new is drawn."""
     judge = load_judge(recipe, options.output / "judge.safetensors")
-    held_out = frames_of(moving_digits("held_out", recipe.data.frames, recipe.data.size or 16))
+    held_out = frames_of(moving_digits("held_out", recipe.data.frames, size_of(recipe)))
     reference = feature_statistics(judge.features(held_out.flatten(0, 1)))
     result: dict[str, Any] = {}
     labels = torch.arange(options.streams) % CLASSES
@@ -120,7 +129,7 @@ def measure(recipe: Recipe, options: argparse.Namespace) -> None:
         result[name] = {**judged(frames, labels, judge, reference), "seconds": seconds}
         result[name]["model"] = provenance.weights_sha256(ACDiTPipeline.from_pretrained(model).transformer)
         print(name, {key: value[:: options.blocks // 5] for key, value in result[name].items() if key != "seconds"})
-    train_clips = moving_digits("train", recipe.data.frames, recipe.data.size or 16)
+    train_clips = moving_digits("train", recipe.data.frames, size_of(recipe))
     real = torch.stack([train_clips[index][0].transpose(0, 1) for index in range(options.streams)])
     figures = {
         "over_blocks": result,
@@ -140,10 +149,16 @@ def load_judge(recipe: Recipe, path: Path) -> Any:
     """The demo's judge, trained once."""
     if not path.is_file():
         judge, accuracy = frame_classifier(recipe)
-        edge = recipe.data.size or 16
-        facts = ClassifierFacts("small", (1, int(edge), int(edge)), CLASSES, "frames of moving digits", accuracy)
+        edge = size_of(recipe)
+        facts = ClassifierFacts("small", (1, edge, edge), CLASSES, "frames of moving digits", accuracy)
         save_classifier(judge, facts, path)
     return load_classifier(path)[0]
+
+
+def size_of(recipe: Recipe) -> int:
+    """Edge of the canvas."""
+    assert isinstance(recipe.data.size, int)
+    return recipe.data.size
 
 
 def frames_of(clips: MovingDigitsDataset) -> Tensor:

@@ -4,10 +4,10 @@
     python benchmarks/text_curves.py --data PATH/input.txt --stage draw
 
 One model for each block length, all of one size, on tiny Shakespeare by characters. Equal compute: each trains on the
-same number of sequences with the same two streams, so steps cost the same but for attention (a block of L′ tokens sees
-what lies before it and itself); sequences a second stand beside. Measured on the held-out tenth by the exact
-count of masked tokens; with one token a block that is the exact likelihood. Everything lies in runs/text-curves, figures
-and picture in docs/results/.
+same number of sequences with the same two streams, so steps cost the same but for attention (a block of L′ tokens
+sees what lies before it and itself); sequences a second stand beside. Measured on the held-out tenth by the exact
+count of masked tokens; with one token a block that is the exact likelihood. Everything lies in runs/text-curves,
+figures and picture in docs/results/.
 """
 
 from __future__ import annotations
