@@ -1,9 +1,8 @@
 """What samplers cost and what their text is worth: first-hitting, ancestral, confidence at several thresholds.
 
-    python benchmarks/text_samplers.py RUN/block-16-seed-0/model --judge RUN/block-1-seed-0/model    # of text_curves.py
+    python benchmarks/text_samplers.py RUN/block-16-seed-0/model --judge RUN/block-1-seed-0/model    # RUN: text_curves'
 
-Quality is the exact likelihood of the texts under a model with one token a block (the judge), in bits a character beside
-that of held-out text, and the entropy of pairs of neighbouring tokens inside a text: repetition makes a text likely and
+Quality is the exact likelihood of the texts under a model with one token a block (the judge), in bits a token, and the entropy of pairs of neighbouring tokens inside a text: repetition makes a text likely and
 its entropy small. Samplers take turns, so that all meet the same machine. Figures go to docs/results/.
 """
 
@@ -80,10 +79,12 @@ def measure(model: Any, given: dict[str, Sampler], options: argparse.Namespace) 
         for name, sampler in given.items():
             called: list[bool] = []
             started = time.perf_counter()
-            blocks = list(sample_tokens(
+            made = sample_tokens(
                 model, batch_size=options.batch_size, sampler=sampler, temperature=options.temperature,
-                generator=options.seed + start + options.batch_size, on_step=lambda step, to=called: to.append(step.called_model),
-            ))  # fmt: skip
+                generator=options.seed + start + options.batch_size,
+                on_step=lambda step, to=called: to.append(step.called_model),
+            )  # fmt: skip
+            blocks = list(made)
             if start >= 0:
                 seconds[name].append(time.perf_counter() - started)
                 texts[name].append(torch.cat(blocks, dim=1))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from acdit.data.digits import DigitsDataset
-from acdit.data.moving import SPEED, MovingDigitsDataset, moving_digits, moving_idx
+from acdit.data.moving import BUILT_IN_SPEED, MovingDigitsDataset, moving_digits, moving_idx
 from acdit.errors import ConfigError, DataError
 from tests.data.test_idx import idx, write
 
@@ -64,7 +64,7 @@ def test_velocity_is_constant_between_bounces_and_of_the_stated_speed() -> None:
     for index in range(200):
         motion = TRAIN.motion(index)
         speed = np.hypot(*motion.velocity[0])
-        assert SPEED[0] <= speed <= SPEED[1]
+        assert BUILT_IN_SPEED[0] <= speed <= BUILT_IN_SPEED[1]
         steps = np.abs(np.diff(TRAIN.centroids(index)[0], axis=0)) / 8  # 16 − 8 pixels of room
         whole = np.isclose(steps, np.abs(motion.velocity[0]), atol=1e-9)
         assert (steps <= np.abs(motion.velocity[0]) + 1e-9).all()

@@ -24,6 +24,9 @@ from acdit.errors import ConfigError
 SPEED = (0.05, 0.15)
 """Share of the room between a digit and the edges that it crosses in a frame, least and most; Moving MNIST has 0.1.
 Drawn uniformly, in a uniform direction."""
+BUILT_IN_SPEED = (0.1, 0.3)
+"""The same of the built-in digits, whose canvas has a few pixels of room: what moves a third of a pixel a frame can
+hardly be seen to move."""
 CLIPS = {"train": 10_000, "held_out": 1_000}
 """Clips of the built-in digits, by split."""
 _SEED = 0  # the data are the same in every run: runs differ in what they draw from them
@@ -59,6 +62,8 @@ class MovingDigitsDataset:
         size: edge of the canvas in pixels, or (H, W).
         digits_per_clip: digits that move through each other; where they meet, the lighter one is seen.
         channels: 1, or 3 to repeat the gray value.
+        speed: see `SPEED`.
+        whole_pixels: digits stand on whole pixels, as in Moving MNIST; False: between them too, smoothly.
 
     Raises:
         ConfigError: a canvas smaller than a digit, channels other than 1 or 3, fewer than one frame or digit.
@@ -76,6 +81,8 @@ class MovingDigitsDataset:
         size: int | Sequence[int] = 64,
         digits_per_clip: int = 1,
         channels: int = 1,
+        speed: tuple[float, float] = SPEED,
+        whole_pixels: bool = False,
     ) -> None:
         require_channels(channels)
         canvas = height_width(size)
@@ -88,7 +95,7 @@ class MovingDigitsDataset:
         for name, count in (("frames", frames), ("digits_per_clip", digits_per_clip)):
             if count < 1:
                 raise ConfigError(f"data.{name}", found=str(count), expected="at least 1")
-        self._images, self._stream = images, stream
+        self._images, self._stream, self._speed, self._whole_pixels = images, stream, speed, whole_pixels
         self._digits = keyed_generator(_SEED, f"{stream}: digits").integers(len(images), size=(length, digits_per_clip))
         self._room = np.array(canvas) - images.shape[1:]
         self.labels = torch.from_numpy(labels.astype(np.int64)[self._digits[:, 0]])
@@ -106,7 +113,7 @@ class MovingDigitsDataset:
         channels, frames, height, width = self.shape
         # One row and column more than the canvas: a digit that touches the edge has an empty margin beyond it.
         canvas = np.zeros((frames, height + 1, width + 1), dtype=np.uint8)
-        for digit, corners in zip(motion.digits, motion.places(frames) * self._room, strict=True):
+        for digit, corners in zip(motion.digits, self._corners(motion), strict=True):
             whole = np.floor(corners).astype(int)
             shifted = _shifted(self._images[digit], corners - whole)
             for frame, (top, left), picture in zip(canvas, whole, shifted, strict=True):
@@ -127,7 +134,7 @@ class MovingDigitsDataset:
         digits = self._digits[index]
         generator = keyed_generator(_SEED, f"{self._stream}: motion", sample=index)
         start = generator.random((len(digits), 2))
-        speed = generator.uniform(*SPEED, len(digits))
+        speed = generator.uniform(*self._speed, len(digits))
         angle = generator.uniform(0, 2 * np.pi, len(digits))
         velocity = speed[:, None] * np.stack([np.sin(angle), np.cos(angle)], axis=1)
         return Motion(digits, start, velocity)
@@ -137,7 +144,12 @@ class MovingDigitsDataset:
         the first pixel being (0, 0). A lone digit's rendered frames have them but for rounding to whole levels."""
         motion = self.motion(index)
         ink = np.stack([_centroid(self._images[digit]) for digit in motion.digits])
-        return ink[:, None] + motion.places(self.shape[1]) * self._room
+        return ink[:, None] + self._corners(motion)
+
+    def _corners(self, motion: Motion) -> np.ndarray:
+        """(K, T, 2) upper left corners in pixels."""
+        corners = motion.places(self.shape[1]) * self._room
+        return np.rint(corners) if self._whole_pixels else corners
 
 
 def moving_digits(split: str = "train", frames: int = 16, size: int | Sequence[int] = 16) -> MovingDigitsDataset:
@@ -153,7 +165,8 @@ def moving_digits(split: str = "train", frames: int = 16, size: int | Sequence[i
     still = DigitsDataset(split)
     return MovingDigitsDataset(
         still.images[:, 0].numpy(), still.labels.numpy(), still.class_names,
-        stream=f"moving digits {split}", length=CLIPS[split], frames=frames, size=size,
+        stream=f"moving digits {split}", length=CLIPS[split], frames=frames, size=size, speed=BUILT_IN_SPEED,
+        whole_pixels=not __import__("os").environ.get("SUBPX"),
     )  # fmt: skip
 
 
