@@ -1,9 +1,11 @@
 """What samplers cost and what their text is worth: first-hitting, ancestral, confidence at several thresholds.
 
-    python benchmarks/text_samplers.py RUN/block-16-seed-0/model --judge RUN/block-1-seed-0/model    # RUN: text_curves'
+    # RUN: what benchmarks/text_curves.py left
+    python benchmarks/text_samplers.py RUN/block-16-seed-0/model --judge RUN/block-1-seed-0/model
 
-Quality is the exact likelihood of the texts under a model with one token a block (the judge), in bits a token, and the entropy of pairs of neighbouring tokens inside a text: repetition makes a text likely and
-its entropy small. Samplers take turns, so that all meet the same machine. Figures go to docs/results/.
+Quality is the exact likelihood of the texts under a model with one token a block (the judge), in bits a token, and
+the entropy of pairs of neighbouring tokens inside a text: repetition makes a text likely and its entropy small.
+Samplers take turns, so that all meet the same machine. Figures go to docs/results/.
 """
 
 from __future__ import annotations
