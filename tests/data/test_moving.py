@@ -17,6 +17,15 @@ from tests.data.test_idx import idx, write
 TRAIN = moving_digits()
 
 
+def smooth() -> MovingDigitsDataset:
+    """The built-in digits between pixels too."""
+    still = DigitsDataset()
+    return MovingDigitsDataset(
+        still.images[:, 0].numpy(), still.labels.numpy(), still.class_names,
+        stream="smooth", length=200, size=16, speed=BUILT_IN_SPEED,
+    )  # fmt: skip
+
+
 def measured_centroids(clip: torch.Tensor) -> np.ndarray:
     """(T, 2) of the ink of a clip (1, T, H, W)."""
     ink = clip[0].double()
@@ -52,20 +61,35 @@ def test_the_splits_share_no_digit() -> None:
         assert {bytes(data._images[data.motion(index).digits[0]]) for index in range(100)} <= pictures
 
 
-def test_the_rendered_digit_is_where_its_track_says() -> None:
+@pytest.mark.parametrize(("make", "rounding"), [(moving_digits, 1e-9), (smooth, 0.05)])
+def test_the_rendered_digit_is_where_its_track_says(make: Any, rounding: float) -> None:
+    data = make()
     for index in range(30):
-        track = TRAIN.centroids(index)
+        track = data.centroids(index)
         assert track.shape == (1, 16, 2)
-        np.testing.assert_allclose(measured_centroids(TRAIN[index][0]), track[0], atol=0.05)
+        np.testing.assert_allclose(measured_centroids(data[index][0]), track[0], atol=rounding)
+
+
+def test_built_in_digits_stand_on_the_pixel_nearest_to_their_track() -> None:
+    """Every frame holds the digit's own pixels, and nothing else."""
+    for index in range(30):
+        motion = TRAIN.motion(index)
+        corners = motion.places(16)[0] * 8  # pixels of room
+        for frame, corner in zip(TRAIN[index][0][0].numpy(), corners, strict=True):
+            top, left = np.rint(corner).astype(int)
+            assert np.abs(corner - (top, left)).max() <= 0.5
+            expected = np.zeros((16, 16), np.uint8)
+            expected[top : top + 8, left : left + 8] = TRAIN._images[motion.digits[0]]
+            np.testing.assert_array_equal(frame, expected)
 
 
 def test_velocity_is_constant_between_bounces_and_of_the_stated_speed() -> None:
-    turned, between = 0, 0
+    turned, between, data = 0, 0, smooth()
     for index in range(200):
-        motion = TRAIN.motion(index)
+        motion = data.motion(index)
         speed = np.hypot(*motion.velocity[0])
         assert BUILT_IN_SPEED[0] <= speed <= BUILT_IN_SPEED[1]
-        steps = np.abs(np.diff(TRAIN.centroids(index)[0], axis=0)) / 8  # 16 − 8 pixels of room
+        steps = np.abs(np.diff(data.centroids(index)[0], axis=0)) / 8  # 16 − 8 pixels of room
         whole = np.isclose(steps, np.abs(motion.velocity[0]), atol=1e-9)
         assert (steps <= np.abs(motion.velocity[0]) + 1e-9).all()
         turned, between = turned + (~whole).sum(), between + whole.sum()
@@ -74,9 +98,10 @@ def test_velocity_is_constant_between_bounces_and_of_the_stated_speed() -> None:
 
 
 def test_a_digit_keeps_its_ink_and_never_leaves_the_canvas() -> None:
+    data = smooth()
     for index in range(50):
-        ink = TRAIN[index][0].double().sum((0, 2, 3))
-        digit = TRAIN._images[TRAIN.motion(index).digits[0]].sum(dtype=np.float64)
+        ink = data[index][0].double().sum((0, 2, 3))
+        digit = data._images[data.motion(index).digits[0]].sum(dtype=np.float64)
         torch.testing.assert_close(ink, torch.full_like(ink, float(digit)), rtol=0, atol=20)  # rounding, of 81 pixels
 
 
