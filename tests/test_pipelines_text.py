@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -62,6 +64,18 @@ def test_a_saved_pipeline_comes_back_with_its_tokenizer(model: Path) -> None:
             wrong()
     with pytest.raises(ConfigError, match="3 tokens"):
         ACDiTTextPipeline(first.transformer, CharacterTokenizer("ab"))
+
+
+def test_a_name_on_the_hub_brings_its_tokenizer_too(tmp_path: Path) -> None:
+    """From the hub's cache, laid out as the library does; no network."""
+    first, commit = characters(), "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "models--owner--name"
+    first.save_pretrained(repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    again = ACDiTTextPipeline.from_pretrained("owner/name", cache_dir=tmp_path, local_files_only=True)
+    assert again.tokenizer.fingerprint == first.tokenizer.fingerprint
+    assert again("ab", generator=3).texts == first("ab", generator=3).texts
 
 
 def test_bos_goes_before_texts_and_nothing_but_not_before_ids(tmp_path: Path) -> None:
@@ -147,6 +161,19 @@ def test_evaluate_gives_the_bound_of_the_held_out_text(
     found = json.loads((tmp_path / "m.json").read_text())
     assert "but for the cut" in found["protocol"]
     assert "BOS + 11 tokens" in found["protocol"]
+
+
+def test_two_processes_evaluate_what_one_does(model: Path, tmp_path: Path) -> None:
+    command = ["evaluate", str(model), "data.split=held_out", "--draws", "3", "--batch-size", "2", "--output"]
+    assert main([*command, str(tmp_path / "one.json")]) == 0
+    launched = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "acdit.cli",
+         *command, str(tmp_path / "two.json")], capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert launched.returncode == 0, launched.stderr
+    assert launched.stdout.count("perplexity") == 1
+    one, two = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))
+    assert {key for key in one if one[key] != two[key]} <= {"command", "seconds", "processes"}
 
 
 @pytest.mark.parametrize(

@@ -70,12 +70,14 @@ class ACDiTTextPipeline(SafetensorsOnly, DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **options: Any) -> Any:
-        """diffusers' own, with the tokenizer that lies in tokenizer/ of a local folder; no code is executed."""
+        """diffusers' own, with the tokenizer that lies in tokenizer/ of the folder or hub repository; no code is
+        executed."""
         pipeline = super().from_pretrained(pretrained_model_name_or_path, **options)
-        folder = Path(str(pretrained_model_name_or_path)) / "tokenizer"
-        if pipeline.tokenizer is None and folder.is_dir():
-            pipeline.tokenizer = load_tokenizer(str(folder))
-            pipeline._require_same_vocabulary()
+        if pipeline.tokenizer is None:
+            folder = _local_folder(str(pretrained_model_name_or_path), options) / "tokenizer"
+            if folder.is_dir():
+                pipeline.tokenizer = load_tokenizer(str(folder))
+                pipeline._require_same_vocabulary()
         return pipeline
 
     def __call__(
@@ -207,6 +209,16 @@ class ACDiTTextPipeline(SafetensorsOnly, DiffusionPipeline):
     def _require_same_vocabulary(self) -> None:
         if self.tokenizer is not None:
             require_vocabulary(self.tokenizer, self.transformer.config.vocab_size)
+
+
+def _local_folder(name: str, options: dict[str, Any]) -> Path:
+    """Where a pipeline's tokenizer is: its folder, or what is fetched of it from the hub (or found in its cache)."""
+    if Path(name).is_dir():
+        return Path(name)
+    import huggingface_hub
+
+    known = {key: options[key] for key in ("revision", "cache_dir", "token", "local_files_only") if key in options}
+    return Path(huggingface_hub.snapshot_download(name, allow_patterns="tokenizer/*", **known))
 
 
 def _cut(row: list[int], prompt: int, max_new_tokens: int | None, eos_token: int | None) -> list[int]:

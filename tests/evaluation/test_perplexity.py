@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 
 from acdit.errors import ConfigError, DataError, NonFiniteError
 from acdit.evaluation.perplexity import text_bound
+from acdit.processes import Processes
 from tests.texts import VOCAB, exact_bound, text_model
 
 
@@ -41,6 +43,29 @@ def test_the_interval_holds_the_bound_as_often_as_it_says() -> None:
     intervals = [text_bound(model, [text], num_draws=6, seed=seed).interval for seed in range(60)]
     held = sum(low <= exact <= high for low, high in intervals)
     assert held >= 51
+
+
+class Peers(Processes):
+    """One of several processes, after the other; what the others gathered is known."""
+
+    def gather(self, value: Any) -> list[Any]:
+        told.append(value)
+        return told
+
+
+told: list[Any] = []
+
+
+def test_several_processes_measure_what_one_does_to_the_bit() -> None:
+    model, text = text_model(4, 2), sequences(7, 4)
+    batches = text.split(2)
+    alone = text_bound(model, batches, num_draws=3)
+    told.clear()
+    found = [text_bound(model, batches, num_draws=3, processes=Peers(rank, 3)) for rank in (0, 1)][-1:]
+    found += [text_bound(model, batches, num_draws=3, processes=Peers(2, 3))]
+    assert [sorted(part) for part in told] == [[0, 3], [1], [2]]  # every batch once
+    assert found[-1] == alone
+    assert found[-1].by_block == alone.by_block
 
 
 def test_one_token_a_block_is_the_exact_autoregressive_likelihood() -> None:

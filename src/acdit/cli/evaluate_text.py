@@ -15,6 +15,7 @@ from acdit.cli.parser import positive
 
 if TYPE_CHECKING:
     from acdit.data.text import TextDataset
+    from acdit.processes import Processes
     from acdit.recipe import Recipe
 
 OTHERS = (
@@ -48,20 +49,23 @@ def require_no_text_options(options: argparse.Namespace) -> None:
 
 def evaluate_text(options: argparse.Namespace) -> None:
     """Perplexity, with its interval and protocol, into the result file."""
+
+    from acdit.processes import joined_processes
+
+    _require_fitting(options)
+    with joined_processes() as processes:
+        _measure(options, processes)
+
+
+def _measure(options: argparse.Namespace, processes: Processes) -> None:
     import torch
 
     from acdit import storage
-    from acdit.errors import ConfigError
     from acdit.evaluation.perplexity import count_characters, text_bound
-    from acdit.processes import joined_processes
 
     started = time.perf_counter()
-    _require_fitting(options)
-    with joined_processes() as processes:
-        if processes.size > 1:
-            raise ConfigError("torchrun", found=f"{processes.size} processes", expected="one, for a model of text")
     options.model, overrides = options.samples[0], [*options.samples[1:], *options.overrides]
-    pipeline = load_text_pipeline(options)
+    pipeline = load_text_pipeline(options, processes.device(options.device))
     model = pipeline.transformer
     recipe = _recipe(options, overrides)
     dataset = _dataset(recipe, pipeline)
@@ -75,8 +79,11 @@ def evaluate_text(options: argparse.Namespace) -> None:
 
     estimator = options.estimator or ("rate" if model.config.time_conditioning else "count")
     bound = text_bound(
-        model, batches(), draw=estimator, num_draws=options.draws or 8, first_token_given=given, seed=options.seed
-    )
+        model, batches(), draw=estimator, num_draws=options.draws or 8, first_token_given=given, seed=options.seed,
+        processes=processes,
+    )  # fmt: skip
+    if not processes.is_first:
+        return
     characters = count_characters(dataset.tokenizer, batches(), first_token_given=given)
     figures = {
         "perplexity": bound.perplexity,
@@ -101,6 +108,7 @@ def evaluate_text(options: argparse.Namespace) -> None:
         "ema": averaging_of(options.model),
         "block": list(model.layout.block),
         "dtype": options.dtype,
+        "processes": processes.size,
         "seed": options.seed,
         **provenance_fields(),
         "seconds": round(time.perf_counter() - started, 1),

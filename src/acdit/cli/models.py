@@ -108,8 +108,8 @@ def is_text_model(model: str) -> bool:
         return False
 
 
-def load_text_pipeline(options: argparse.Namespace) -> Any:
-    """The text pipeline that `options.model` names, with the asked dtype.
+def load_text_pipeline(options: argparse.Namespace, device: Any = None) -> Any:
+    """The text pipeline that `options.model` names, with the asked dtype, on the asked or given device.
 
     Raises:
         ConfigError: no such device, or an option of pictures.
@@ -125,7 +125,7 @@ def load_text_pipeline(options: argparse.Namespace) -> Any:
             raise ConfigError(f"--{name.replace('_', '-')}", found="a model of text", expected="a model of pictures")
     folder = Path(options.model)
     _require_whole(folder, options.model)
-    chosen = _device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    chosen = _device(device or options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     try:
         pipeline = ACDiTTextPipeline.from_pretrained(options.model)
     except (OSError, ValueError) as error:

@@ -21,6 +21,7 @@ from acdit.corruption import MaskingCorruption
 from acdit.corruption.masking import LOWEST_RATE
 from acdit.errors import ConfigError, DataError, NonFiniteError
 from acdit.model import ACDiTTransformer
+from acdit.processes import Processes
 
 _NORMAL_95 = 1.959963984540054
 
@@ -68,6 +69,7 @@ def text_bound(
     copies: int = 1,
     first_token_given: bool = False,
     seed: int = 0,
+    processes: Processes | None = None,
 ) -> TextBound:
     """Average the bound over sequences and draws.
 
@@ -79,6 +81,8 @@ def text_bound(
         copies: how many of the draws share a clean pass: faster, for memory of C·S·V logits.
         first_token_given: the protocol in which BOS is known and does not count.
         seed: of the draws, which are keyed by draw and by the place of a sequence in the split.
+        processes: share the batches, of which every one is handed to each; all get the same figures, those of a
+            process alone. None: a process alone.
 
     Raises:
         ConfigError: a model of continuous data, no draw, an estimator that does not fit the model.
@@ -98,10 +102,15 @@ def text_bound(
     corruption = MaskingCorruption(length, model.mask_token, draw, first_token_given=first_token_given)
     counted = corruption.counted_tokens(blocks)
     num_draws = 1 if length == 1 else num_draws
-    total = torch.zeros(blocks, length, dtype=torch.float64)
-    spread, sequences = 0.0, 0
-    for tokens in batches:
+    group = Processes() if processes is None else processes
+    done: dict[int, tuple[Tensor, float]] = {}
+    sequences = 0
+    for index, tokens in enumerate(batches):
+        if index % group.size != group.rank:
+            sequences += len(tokens)
+            continue
         clean = layout.to_blocks(_checked(tokens, model.mask_token, sequences)).to(device)
+        total = torch.zeros(blocks, length, dtype=torch.float64)
         estimates = []
         for start in range(0, num_draws, copies):
             key: dict[str, Any] = {"seed": seed, "step": start, "copies": min(copies, num_draws - start)}
@@ -120,11 +129,15 @@ def text_bound(
         if not bool(torch.isfinite(found).all()):
             bad = int((~torch.isfinite(found)).any(1).nonzero()[0])
             raise NonFiniteError(f"sequence {sequences + bad}", found="a loss that is no number", expected="a number")
-        spread += float(found.var(dim=1).sum()) if num_draws > 1 else 0.0
+        done[index] = total, float(found.var(dim=1).sum()) if num_draws > 1 else 0.0
         sequences += len(clean)
     if not sequences:
         raise DataError("text", found="no sequence", expected="at least one of the model's length")
-    mean = total / (sequences * num_draws)
+    gathered = {index: part for one in group.gather(done) for index, part in one.items()}
+    # Summed in the order of the batches, so that the figures do not depend on who measured which.
+    parts = [part for _, part in sorted(gathered.items())]
+    spread = sum(part[1] for part in parts)
+    mean = torch.stack([part[0] for part in parts]).sum(0) / (sequences * num_draws)
     nats = float(mean.sum()) / counted
     half = math.inf if num_draws == 1 and length > 1 else _NORMAL_95 * math.sqrt(spread / num_draws) / sequences
     return TextBound(
