@@ -14,10 +14,12 @@ this project does not; in an environment of its own (torch first, or a bare requ
 rates, fp32 on a CPU. Steps are interleaved in one process: ours with its two draws of masks, then theirs, the order
 turned by one each step. A step of ours includes reading its batch; one of theirs is handed the tokens. No average of
 the weights on either side, masks over the whole range of rates, no dropout unless `--dropout` (theirs only: ours has
-none). Each side has its own initialisation, its own draws of t and masks, and the AdamW it makes itself (ours fused).
+none; its code draws it even at 0). Each side has its own initialisation, its own draws of t and masks, and the AdamW it
+makes itself (ours fused).
 
 **Bound.** Of the same held-out sequences, t on [1e-3, 1], weight 1/t, BOS given: of all models by our estimator, of
-theirs by its own `_loss` as well.
+theirs by its own `_loss` as well. Beside it our estimator "count" of the same bound, which varies less. That both codes
+mean the same is measured too: each token's part of the bound at the same masks.
 
 **Sampling.** One text of `--sample-tokens` from BOS with first-hitting and a cache, of untrained models: one token a
 model call on both sides, so the work does not depend on the weights.

@@ -12,7 +12,16 @@ from typing import Any, cast
 from unittest import mock
 
 import torch
-from bd3lm_peer import PeerAsOurs, PeerStep, build_bd3lms, configuration, parameters_of, peer_bound, peer_sample
+from bd3lm_peer import (
+    PeerAsOurs,
+    PeerStep,
+    agreement,
+    build_bd3lms,
+    configuration,
+    parameters_of,
+    peer_bound,
+    peer_sample,
+)
 from bd3lm_report import PEER
 from machine import say
 from memory import peaks
@@ -173,19 +182,19 @@ def held_out_tokens(recipe: Recipe) -> Tensor:
 
 
 def bounds(model: Any, peer: Any, tokens: Tensor, options: argparse.Namespace) -> dict[str, Any]:
-    """By our estimator; of theirs by its own `_loss` too."""
-    if peer is not None:
-        peer.eval()
-    else:
-        model.eval()
-    found = text_bound(
-        cast(ACDiTTransformer, model), tokens.split(options.batch), draw="rate", num_draws=options.draws,
-        first_token_given=True, seed=0,
-    )  # fmt: skip
-    result: dict[str, Any] = {"bound": _figures(found.nats_per_token, found.interval), "protocol": found.protocol}
+    """By our estimators: "rate", the peers' protocol, and "count", which varies less; of theirs by its own code too."""
+    (model if peer is None else peer).eval()
+    result: dict[str, Any] = {}
+    for key, draw in (("bound", "rate"), ("bound_by_count", "count")):
+        found = text_bound(
+            cast(ACDiTTransformer, model), tokens.split(options.batch), draw=draw, num_draws=options.draws,
+            first_token_given=True, seed=0,
+        )  # fmt: skip
+        result[key] = {**_figures(found.nats_per_token, found.interval), "protocol": found.protocol}
     if peer is not None:
         own = peer_bound(peer, tokens, batch_size=options.batch, num_draws=options.draws, seed=0)
         result["bound_by_its_own_code"] = _figures(*own)
+        result["agreement_of_token_losses"] = agreement(peer, model.layout, tokens[: options.batch])
     return result
 
 

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from acdit.corruption import MaskingCorruption
 from acdit.corruption.masking import LOWEST_RATE
 from acdit.layout import BlockLayout
 
@@ -51,8 +52,8 @@ CHANGES = (
     "mask token behind them, as ours does",
     "models/dit.py reset_kv_cache is called with an argument that it does not take, and makes its cache on device "
     "'cuda' in bfloat16: the argument is dropped, and the cache made on the CPU in fp32",
-    "_check_stop_conds gives up a sample whose last 256 tokens have an entropy below 4 nats, as all text by characters "
-    "has: it never stops",
+    "_check_stop_conds gives up a sample whose last 256 tokens have an entropy below 4 nats, as text by characters has: "
+    "it never stops",
     "its progress bars are off; its autocasts are for CUDA and do nothing on a CPU, so everything runs in fp32",
 )
 BACKEND = "sdpa"
@@ -261,6 +262,32 @@ class PeerAsOurs:
         x = torch.cat([noisy.flatten(2), context.flatten(2)], dim=-1).flatten(0, 1)
         found = self.peer.forward(x, sigma=torch.zeros(len(x), 1))[..., : self.mask_token]
         return (found.reshape(batch, copies, blocks, length, -1),)
+
+
+@torch.no_grad()
+def agreement(peer: Any, layout: BlockLayout, tokens: Tensor, seed: int = 0) -> dict[str, float]:
+    """Each token's part of the bound of its model by both codes, at the same rates and masks: the largest difference,
+    and the largest part.
+
+    Args:
+        peer: its `Diffusion`.
+        layout: of the context and block.
+        tokens: (B, S) token ids, BOS first.
+        seed: of rates and masks.
+    """
+    peer.eval()
+    generator = torch.Generator().manual_seed(seed)
+    corruption = MaskingCorruption(layout.block_tokens, peer.mask_index, "rate", first_token_given=True)
+    clean = layout.to_blocks(tokens)[:, None]
+    noise = torch.rand(clean.shape, generator=generator, dtype=torch.float64)
+    timestep = corruption.timesteps(torch.rand(clean.shape[:-1], generator=generator, dtype=torch.float64))
+    noisy = corruption.corrupt(clean, noise, timestep)
+    (prediction,) = PeerAsOurs(peer, layout)(clean[:, 0], noisy, timestep)
+    ours = corruption.token_losses(prediction, clean, noise, timestep).flatten(1)
+    rates = corruption.rate(timestep)[:, 0].repeat_interleave(layout.block_tokens, dim=-1).float()
+    with mock.patch.object(peer, "q_xt", return_value=noisy.flatten(1).clone()):
+        theirs = peer._forward_pass_diffusion(tokens, t=rates, sampling_eps_min=LOWEST_RATE, sampling_eps_max=1.0)
+    return {"largest_difference": float((ours - theirs).abs().max()), "largest": float(ours.max())}
 
 
 # --- sampling ---------------------------------------------------------------------------------------------------------

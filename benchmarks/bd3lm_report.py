@@ -68,8 +68,8 @@ def _word(target: dict[str, Any]) -> str:
 def _training(training: dict[str, Any]) -> list[str]:
     lines = [
         "| seed | model | parameters | s a step, median (quartiles) | theirs / ours | peak of a step, MiB "
-        "| bound, nats a token | … by its own code |",
-        "|---|---|---|---|---|---|---|---|",
+        "| bound, nats a token | … by its own code | … by our estimator count |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for seed, part in training.items():
         theirs = part["sides"][PEER]
@@ -80,13 +80,19 @@ def _training(training: dict[str, Any]) -> list[str]:
             lines.append(
                 f"| {seed} | {name} | {side['parameters']:,} | {side['seconds']:.3f} ({low:.3f} … {high:.3f}) | "
                 f"{ratio} | {side['activation_peak'] / MEBI:.0f} | {_bound(side['bound'])} | "
-                f"{_bound(own) if own else ''} |"
+                f"{_bound(own) if own else ''} | {_bound(side['bound_by_count'])} |"
             )
     if len(training) > 1:
         for name in next(iter(training.values()))["sides"]:
             values = [part["sides"][name]["bound"]["nats_per_token"] for part in training.values()]
-            lines.append(f"| mean | {name} | | | | | {statistics.fmean(values):.4f} | |")
-    return [*lines, "", "The interval is of the draws of masks."]
+            lines.append(f"| mean | {name} | | | | | {statistics.fmean(values):.4f} | | |")
+    apart = [part["sides"][PEER]["agreement_of_token_losses"] for part in training.values()]
+    worst = max(found["largest_difference"] for found in apart)
+    return [
+        *lines, "",
+        "± is of the draws of masks. At the same masks both codes give each token of their model the same part of the "
+        f"bound, to {worst:.1g} of at most {max(found['largest'] for found in apart):.0f} nats.",
+    ]  # fmt: skip
 
 
 def _bound(bound: dict[str, Any]) -> str:
