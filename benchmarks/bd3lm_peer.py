@@ -52,8 +52,8 @@ CHANGES = (
     "mask token behind them, as ours does",
     "models/dit.py reset_kv_cache is called with an argument that it does not take, and makes its cache on device "
     "'cuda' in bfloat16: the argument is dropped, and the cache made on the CPU in fp32",
-    "_check_stop_conds gives up a sample whose last 256 tokens have an entropy below 4 nats, as text by characters has: "
-    "it never stops",
+    "_check_stop_conds gives up a sample whose last 256 tokens have an entropy below 4 nats, as text by characters "
+    "has: it never stops",
     "its progress bars are off; its autocasts are for CUDA and do nothing on a CPU, so everything runs in fp32",
 )
 BACKEND = "sdpa"
