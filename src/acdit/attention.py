@@ -351,6 +351,11 @@ def attend_clean_blocks(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     return torch.stack(outs, dim=1)
 
 
+def attend_all_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Every block against every block, (B, n, L, H, K) each: no order is left."""
+    return _plain(*(part.flatten(1, 2) for part in (q, k, v))).unflatten(1, q.shape[1:3])
+
+
 def _plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
     return out.transpose(1, 2)

@@ -15,7 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from acdit.attention import SinkRotation, attend_clean_blocks, attend_prefix_and_own, skip_causal_attention
+from acdit.attention import (
+    SinkRotation,
+    attend_all_blocks,
+    attend_clean_blocks,
+    attend_prefix_and_own,
+    skip_causal_attention,
+)
 from acdit.cache import KVCache
 from acdit.mask import Streams
 from acdit.products import Linear, linear
@@ -229,6 +235,23 @@ class ACDiTLayer(nn.Module):
         q, k, v = self.attn.project(self.norm1(x), rope)
         cache.write(index, k.flatten(1, 2), v.flatten(1, 2))
         return self._update(x, attend_clean_blocks(q, *cache.prefix(index, tokens)), None)
+
+    def encode(
+        self,
+        x: Tensor,
+        rope: Rope,
+        streams: Streams,
+        execution: str,
+        sinks: SinkRotation | None = None,
+        bidirectional: bool = False,
+    ) -> Tensor:
+        """What `read` makes of clean blocks (B, n, L, W), without a cache; `streams` holds them alone."""
+        q, k, v = self.attn.project(self.norm1(x), rope)
+        if bidirectional:
+            attended = attend_all_blocks(q, k, v)
+        else:
+            attended = skip_causal_attention(q, k, v, streams, execution, sinks)
+        return self._update(x, attended, None)
 
     def denoise(self, x: Tensor, condition: Tensor, rope: Rope, cache: KVCache, index: int) -> Tensor:
         """One noisy block (G·B, L, W) against the cache and itself; the cache is only read."""

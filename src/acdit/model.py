@@ -3,6 +3,7 @@
     prefill: clean blocks + cache of the blocks before them → their keys and values, appended to the cache
     denoise: noisy block, timestep, label + cache           → the prediction for that block
     forward: both verbs for all blocks of a sequence at once, for training
+    encode:  clean blocks                                    → their features, for other tasks than generation
 
 Its parts are in `acdit.layers` and `acdit.positions`. Shapes: B batch, C noisy copies, N blocks, L tokens a block, D
 token width, V vocabulary, W hidden width, H heads, K head width.
@@ -216,6 +217,23 @@ class ACDiTTransformer(SafetensorsOnly, ModelMixin, ConfigMixin):
         Returns:
             `sample`, the prediction, shaped like `noisy`; of text (…, L, V) logits.
         """
+        x, condition, copies = self._denoise_all(clean, noisy, timestep, class_labels, {})
+        sample = self.final_layer(x, condition).reshape(*copies.shape[:4], -1)
+        sample = sample if noisy.ndim == copies.ndim else sample[:, 0]
+        return ACDiTTransformerOutput(sample=sample) if return_dict else (sample,)
+
+    def _denoise_all(
+        self,
+        clean: Tensor,
+        noisy: Tensor,
+        timestep: Tensor | float,
+        class_labels: Tensor | None,
+        found: dict[int, Tensor],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`forward` up to its last layer's output (B, C·N, L, W); also the condition, and `noisy` with copies' axis.
+
+        The layers that are keys of `found` leave what they make of the noisy blocks there, (B, C, N, L, W).
+        """
         ndim = 3 if self.mask_token is not None else 4
         count = clean.shape[1] if self.window is not None and clean.ndim == ndim else None
         with_copies = noisy.ndim == ndim + 1
@@ -241,9 +259,80 @@ class ACDiTTransformer(SafetensorsOnly, ModelMixin, ConfigMixin):
                 x = self._gradient_checkpointing_func(layer, *arguments)
             else:
                 x = layer(*arguments)
-        sample = self.final_layer(x, condition).reshape(*copies.shape[:4], -1)
-        sample = sample if with_copies else sample[:, 0]
-        return ACDiTTransformerOutput(sample=sample) if return_dict else (sample,)
+            if index in found:
+                noisy_part = x if index == last else x[:, streams.num_clean :]
+                found[index] = noisy_part.reshape(*copies.shape[:4], -1)
+        return x, condition, copies
+
+    def encode(
+        self,
+        clean: Tensor,
+        layers: Sequence[int] | None = None,
+        *,
+        bidirectional: bool = False,
+        cache: KVCache | None = None,
+    ) -> list[Tensor]:
+        """Features of clean blocks: the clean stream, which sees no noise, no timestep and no label.
+
+        It is what `prefill` computes, the last block included, and it can be learned through.
+
+        Args:
+            clean: (B, n, L, D), of text (B, n, L): blocks from the beginning, or those that follow the ones in `cache`.
+            layers: whose outputs, 0 … num_layers − 1, or counted from the end as −1, −2 …; None: the last one's.
+            bidirectional: every block sees all n, as fine-tuning may wish; a generative model was not trained so.
+            cache: to read on block by block; it is written to as by `prefill`.
+
+        Returns:
+            (B, n, L, W) of each of `layers`, in their order.
+
+        Raises:
+            ConfigError: a wrong shape, a layer that is not there, a full cache, or a cache and `bidirectional`.
+        """
+        wanted = self._layer_indices(layers)
+        self._require_blocks("clean", clean, 3 if self.mask_token is not None else 4, num_blocks=clean.shape[1])
+        found: dict[int, Tensor] = {}
+        if cache is not None:
+            if bidirectional:
+                raise ConfigError("bidirectional", found="a cache", expected="all blocks at once, without one")
+            parts = [self._read(part, cache, wanted) for part in self._readable(clean, cache)]
+            return [torch.cat([part[index] for part in parts], dim=1) for index in wanted]
+        count = clean.shape[1]
+        streams = Streams(count, count, 0, clean.shape[2], self.window)
+        sinks = self._sink_rotation(self.window, 0, count)
+        x, rope = self.x_embedder(clean), self._rope(0, count)
+        for index, layer in enumerate(self._layers()):
+            if len(found) == len(set(wanted)):
+                break
+            arguments = (x, rope, streams, self.attention_execution, sinks, bidirectional)
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                x = self._gradient_checkpointing_func(layer.encode, *arguments)
+            else:
+                x = layer.encode(*arguments)
+            if index in wanted:
+                found[index] = x
+        return [found[index] for index in wanted]
+
+    def encode_noisy(
+        self,
+        clean: Tensor,
+        noisy: Tensor,
+        timestep: Tensor | float,
+        class_labels: Tensor | None = None,
+        layers: Sequence[int] | None = None,
+    ) -> list[Tensor]:
+        """Features of noisy blocks, as a plain diffusion transformer gives them: from the layers of `forward`.
+
+        Args:
+            clean, noisy, timestep, class_labels: as of `forward`. With one block this is DiT: the context is not read.
+            layers: as of `encode`.
+
+        Returns:
+            (B, N, L, W), or (B, C, N, L, W) of noisy copies, of each of `layers`, in their order.
+        """
+        wanted = self._layer_indices(layers)
+        found = dict.fromkeys(wanted, noisy)
+        _, _, copies = self._denoise_all(clean, noisy, timestep, class_labels, found)
+        return [found[index] if noisy.ndim == copies.ndim else found[index][:, 0] for index in wanted]
 
     def prefill(self, clean: Tensor, cache: KVCache) -> None:
         """Read clean blocks: append their keys and values to the cache.
@@ -256,22 +345,31 @@ class ACDiTTransformer(SafetensorsOnly, ModelMixin, ConfigMixin):
             ConfigError: a wrong shape, or a cache that is full.
         """
         self._require_blocks("clean", clean, 3 if self.mask_token is not None else 4, num_blocks=clean.shape[1])
-        cache.require_room(clean.shape[1] * clean.shape[2])
-        # A ring forgets with every block: under a window they are read one after the other.
-        for part in clean.split(1 if cache.window is not None else max(1, clean.shape[1]), dim=1):
+        for part in self._readable(clean, cache):
             self._read(part, cache)
 
-    def _read(self, clean: Tensor, cache: KVCache) -> None:
-        """`prefill` of blocks that a cache takes at once."""
+    @staticmethod
+    def _readable(clean: Tensor, cache: KVCache) -> tuple[Tensor, ...]:
+        """Clean blocks in parts that a cache takes at once, once there is room for all of them."""
+        cache.require_room(clean.shape[1] * clean.shape[2])
+        # A ring forgets with every block: under a window they are read one after the other.
+        return clean.split(1 if cache.window is not None else max(1, clean.shape[1]), dim=1)
+
+    def _read(self, clean: Tensor, cache: KVCache, wanted: Sequence[int] = ()) -> dict[int, Tensor]:
+        """`prefill` of blocks that a cache takes at once; the outputs of the `wanted` layers."""
+        found: dict[int, Tensor] = {}
         x = self.x_embedder(clean)
         rope = self._rope(cache.num_blocks, clean.shape[1])
         last = len(self.layers) - 1
         for index, layer in enumerate(self._layers()):
-            x = layer.read(x, rope, cache, index, index == last)
+            x = layer.read(x, rope, cache, index, index == last and last not in wanted)
+            if index in wanted:
+                found[index] = x
         cache.advance(clean.shape[1] * clean.shape[2])
         sinks = self._sink_rotation(cache.window, cache.num_blocks, 1)
         if sinks is not None:
             cache.turn_sinks(lambda keys: sinks.turn(keys, 0))
+        return found
 
     def denoise(self, noisy: Tensor, timestep: Tensor | float, class_labels: Tensor | None, cache: KVCache) -> Tensor:
         """Predict for the noisy block that follows the blocks in the cache; the cache is only read.
@@ -302,6 +400,14 @@ class ACDiTTransformer(SafetensorsOnly, ModelMixin, ConfigMixin):
         for index, layer in enumerate(self._layers()):
             x = layer.denoise(x, condition, rope, cache, index)
         return self.final_layer(x, condition)
+
+    def _layer_indices(self, layers: Sequence[int] | None) -> list[int]:
+        """Layers as indices from the beginning."""
+        count = len(self.layers)
+        given = [count - 1] if layers is None else list(layers)
+        if not given or not all(-count <= index < count for index in given):
+            raise ConfigError("layers", found=str(given), expected=f"at least one of {-count} … {count - 1}")
+        return [index % count for index in given]
 
     def _layers(self) -> Iterator[ACDiTLayer]:
         return cast(Iterator[ACDiTLayer], iter(self.layers))
