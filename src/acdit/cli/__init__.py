@@ -7,19 +7,17 @@ import errno
 import logging
 import re
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from acdit.allocator import keep_freed_memory
-from acdit.cli import consolidate, convert, data, demo, encode, evaluate, plan, recipes, sample, train
-from acdit.cli.parser import EXIT_CODES, version
+from acdit.cli import analyze, consolidate, convert, data, demo, encode, evaluate, plan, recipes, sample, train
+from acdit.cli.parser import EXIT_CODES, adder, version
 
 # What the system says when a place cannot be written or read: the user's disk, not our bug.
 _STORAGE_ERRORS = (
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR,
     errno.EISDIR, errno.ENAMETOOLONG, errno.EIO, errno.ENOENT,
 )  # fmt: skip
-Run = Callable[[argparse.Namespace], Any]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -102,9 +100,6 @@ def _dashes(argument: str) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    common.add_argument("--verbose", action="store_true", help="log what is chosen and done")
     parser = argparse.ArgumentParser(
         prog="acdit",
         description="Blockwise autoregressive diffusion transformers (ACDiT).",
@@ -113,15 +108,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"acdit {version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-
-    def command(name: str, run: Run, summary: str, example: str) -> argparse.ArgumentParser:
-        made = commands.add_parser(
-            name, parents=[common], help=summary, description=summary, epilog=f"example:\n  {example}\n\n{EXIT_CODES}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )  # fmt: skip
-        made.set_defaults(run=run)
-        return made
-
-    for module in (train, data, encode, plan, sample, evaluate, consolidate, convert, demo, recipes):
-        module.add(command)
+    for module in (train, data, encode, plan, sample, evaluate, analyze, consolidate, convert, demo, recipes):
+        module.add(adder(commands))
     return parser
