@@ -99,6 +99,45 @@ def test_a_mask_is_drawn_and_says_where_its_pairs_are(tmp_path: Path) -> None:
     assert main(["analyze", "mask", "digits", "--output", str(tmp_path / "digits.png")]) == 0
 
 
+def test_the_loss_of_a_model_on_a_split(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "loss.json"
+    command = ["analyze", "loss", str(trained / "model"), "data.split=held_out", "--num-samples", "20"]
+    assert main([*command, "--points", "5", "--output", str(output)]) == 0
+    figures = json.loads(output.read_text())
+    require_provenance(figures)
+    assert drawn(output.with_suffix(".png"))
+    assert (figures["samples"], figures["samples_of_the_split"], figures["split"]) == (20, 500, "held_out")
+    bound = figures["bound"]
+    assert "pixels of 8 bits" in bound["protocol"]
+    assert bound["dimensions"] == 64
+    assert len(bound["by_block"]) == 4
+    low, high = bound["interval"]
+    assert low < bound["bits_per_dim"] < high
+    assert np.shape(figures["loss_over_timesteps"]["loss"]) == (5, 4)
+    assert figures["loss_over_timesteps"]["timesteps"] == [100, 300, 500, 700, 900]
+    assert figures["labels"].startswith("the data's")
+    assert "bits a dimension ≤" in capsys.readouterr().out
+    # The same draws, cut into other batches, without labels, and one draw: no interval.
+    again = tmp_path / "again.json"
+    assert main([*command, "--points", "5", "--batch-size", "7", "--output", str(again)]) == 0
+    assert json.loads(again.read_text())["bound"]["bits_per_dim"] == pytest.approx(bound["bits_per_dim"], rel=1e-4)
+    assert main([*command, "--labels", "none", "--draws", "1", "--output", str(again)]) == 0
+    unlabelled = json.loads(again.read_text())
+    assert unlabelled["labels"].startswith("none")
+    assert unlabelled["bound"]["interval"] == [None, None]
+
+
+def test_a_model_of_flow_has_a_curve_and_no_bound(tmp_path: Path) -> None:
+    run(tiny_recipe(train__steps=1, corruption__prediction_type="flow_prediction"), tmp_path / "run")
+    output = tmp_path / "loss.json"
+    command = ["analyze", "loss", str(tmp_path / "run" / "model"), "data.split=held_out", "--num-samples", "3"]
+    assert main([*command, "--points", "2", "--output", str(output)]) == 0
+    figures = json.loads(output.read_text())
+    assert figures["bound"] is None
+    assert "ODE" in figures["no_bound_because"]
+    assert len(figures["loss_by_block"]) == 4
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -110,6 +149,10 @@ def test_a_mask_is_drawn_and_says_where_its_pairs_are(tmp_path: Path) -> None:
         (["flops", "EMPTY"], "no config.json"),
         (["flops", "MODEL", "model.num_layers=3"], "a model is as it is"),
         (["memory", "openwebtext-8", "model.vocab_size=50"], "--no-measure"),
+        (["loss", "EMPTY"], "no model_index.json"),
+        (["loss", "MODEL"], "no recipe.yaml"),
+        (["loss", "MODEL", "--data", "text"], "a model of text"),
+        (["loss", "MODEL", "--data", "cifar10", "data.kind=digits", "data.channels=1"], "expected"),
         (["mask"], "--grid and --block"),
         (["mask", "digits", "--window", "2"], "a layout of its own"),
         (["mask", "--grid", "8", "--block", "4", "--sinks", "1"], "without a window"),

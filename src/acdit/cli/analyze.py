@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
 from acdit.cli.evaluate_text import provenance_fields
-from acdit.cli.parser import AddCommand, adder, positive
+from acdit.cli.parser import AddCommand, adder, finite, positive, seed
+from acdit.cli.plan import share
 
 _SUBJECT = "a model's folder, a shipped recipe's name (see `acdit recipes`) or a YAML path"
 
@@ -22,6 +24,9 @@ def add(command: AddCommand) -> None:
     _add_flops(verbs)
     _add_memory(verbs)
     _add_mask(verbs)
+    _add_loss(verbs)
+    _add_tradeoff(verbs)
+    _add_scaling(verbs)
 
 
 def _add_flops(command: AddCommand) -> None:
@@ -67,6 +72,72 @@ def _add_mask(command: AddCommand) -> None:
     made.add_argument("--output", default="mask.png", metavar="FILE", help="the PNG; a JSON lies beside it")
 
 
+def _add_loss(command: AddCommand) -> None:
+    made = command(
+        "loss", _loss,
+        "Which blocks are hard: the loss of each block over timesteps on a split of the data, and the variational "
+        "bound of the likelihood in bits a dimension, of the whole and of each block.",
+        "acdit analyze loss runs/demo/model data.split=held_out",
+    )  # fmt: skip
+    made.add_argument("model", help="the folder of a saved pipeline, of pictures, clips or latents")
+    made.add_argument("overrides", nargs="*", metavar="data.key=value", help="what to measure on: data.split=…")
+    made.add_argument("--data", metavar="RECIPE", help="whose data and corruption (default: recipe.yaml by the model)")
+    made.add_argument(
+        "--labels", choices=("data", "none"), default="data",
+        help="of a model with classes: the data's (a bound given the label), or none (default data)",
+    )  # fmt: skip
+    made.add_argument(
+        "--variance", choices=("large", "small"), default="large",
+        help="of the ancestral steps: β (large) or the posterior's (small); default large, the tighter bound",
+    )  # fmt: skip
+    made.add_argument("--clip", action="store_true", help="clip predicted pixels to their range, as DDPM's evaluation")
+    made.add_argument("--timesteps", type=positive, default=8, help="of a draw of the bound (default 8)")
+    made.add_argument(
+        "--draws", type=positive, default=4, help="of the bound, a sample; from 2 on an interval (default 4)"
+    )
+    made.add_argument("--points", type=positive, default=20, help="timesteps of the curve (default 20)")
+    made.add_argument("--num-samples", type=positive, help="how many (default: the whole split)")
+    made.add_argument("--batch-size", type=positive, default=64, help="samples at once (default 64)")
+    made.add_argument("--seed", type=seed, default=0, help="of timesteps and noise (default 0)")
+    made.add_argument("--device", help="default: cuda where there is one")
+    made.add_argument("--output", default="loss.json", metavar="FILE", help="a PNG lies beside it (default loss.json)")
+
+
+def _add_tradeoff(command: AddCommand) -> None:
+    made = command(
+        "tradeoff", _tradeoff,
+        "Time and memory of sampling against AR length, measured on this machine beside what FLOPs and closed forms "
+        "predict. Kept after every measurement: the same command goes on where it was stopped.",
+        "acdit analyze tradeoff imagenet256-b model.num_layers=2 --steps 2 --blocks 32x32 16x16 8x8",
+    )  # fmt: skip
+    _subject(made, "tradeoff.json")
+    made.add_argument(
+        "--steps", type=positive, default=2, help="solver steps a block, measured and predicted (default 2)"
+    )
+    made.add_argument("--no-guidance", action="store_true", help="one branch (default: two where there are labels)")
+    made.add_argument("--batch-size", type=positive, default=1, help="samples at once (default 1)")
+    made.add_argument("--rounds", type=positive, default=3, help="measurements a size (default 3)")
+    made.add_argument("--minutes", type=finite, default=30.0, help="no measurement is begun after so many (default 30)")
+    made.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="default fp32")
+    made.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+
+
+def _add_scaling(command: AddCommand) -> None:
+    made = command(
+        "scaling", _scaling, "Loss over model size, of finished runs of the same data and corruption.",
+        "acdit analyze scaling runs/s runs/m runs/l\n"
+        "  acdit analyze scaling runs/s runs/m runs/l --metrics loss.json --key bound.bits_per_dim",
+    )  # fmt: skip
+    made.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, with recipe.yaml, log.jsonl and model/")
+    made.add_argument("--metrics", metavar="NAME", help="a JSON in each run's folder (default: log.jsonl's loss)")
+    made.add_argument("--key", default="bound.bits_per_dim", help="of the figure in it (default bound.bits_per_dim)")
+    made.add_argument(
+        "--tail", type=share, default=0.1, help="share of the steps at the end that the log's loss is averaged over "
+        "(default 0.1)",
+    )  # fmt: skip
+    made.add_argument("--output", default="scaling.json", metavar="FILE", help="a PNG lies beside it")
+
+
 def _subject(made: argparse.ArgumentParser, output: str) -> None:
     made.add_argument("subject", metavar="MODEL|RECIPE", help=_SUBJECT)
     made.add_argument("overrides", nargs="*", metavar="key.key=value", help="change recipe fields")
@@ -106,7 +177,16 @@ def write_figures(output: Path, figures: dict[str, Any]) -> None:
     """The result file, with where its figures come from."""
     from acdit import storage
 
-    storage.write_json_atomic(output, {**figures, **provenance_fields()})
+    storage.write_json_atomic(output, _finite({**figures, **provenance_fields()}))
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: what was not measured is null."""
+    if isinstance(value, dict):
+        return {name: _finite(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _flops(options: argparse.Namespace) -> None:
@@ -202,3 +282,104 @@ def _mask(options: argparse.Namespace) -> None:
     }  # fmt: skip
     write_figures(output.with_suffix(".json"), figures)
     print(f"{pairs:,} of {tokens**2:,} pairs are attended ({pairs / tokens**2:.1%}); see {output}")
+
+
+def _loss(options: argparse.Namespace) -> None:
+    import dataclasses
+    import time
+
+    from acdit.analysis.loss import measure_loss
+    from acdit.analysis.plots import plot_loss
+    from acdit.cli.models import averaging_of
+    from acdit.evaluation.sweep import require_matplotlib
+
+    require_matplotlib("acdit analyze loss")
+    output = require_suffix(options.output, ".json")
+    started = time.perf_counter()
+    found = measure_loss(
+        options.model, options.data, options.overrides, labelled=options.labels == "data", variance=options.variance,
+        clip=options.clip, num_timesteps=options.timesteps, num_draws=options.draws, num_points=options.points,
+        num_samples=options.num_samples, batch_size=options.batch_size, seed=options.seed, device=options.device,
+    )  # fmt: skip
+    bound = found.bound
+    figures = {
+        **found.settings,
+        "bound": None if bound is None else {**dataclasses.asdict(bound)},
+        "no_bound_because": found.no_bound_because,
+        "loss_over_timesteps": {
+            "timesteps": found.timesteps.tolist(),
+            "loss": found.loss.tolist(),
+            "standard_error": found.error.tolist(),
+        },
+        "loss_by_block": found.loss.mean(0).tolist(),
+        "model": options.model,
+        "ema": averaging_of(options.model),
+        "seed": options.seed,
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+    write_figures(output, figures)
+    plot_loss(figures, output.with_suffix(".png"), f"{options.model}, {found.settings['samples']} samples")
+    if bound is None:
+        print(f"no bound: {found.no_bound_because}")
+    else:
+        low, high = bound.interval
+        print(
+            f"bits a dimension ≤ {bound.bits_per_dim:.4g} (95 % of the draws {low:.4g} … {high:.4g}); {bound.protocol}"
+        )
+    hardest = int(found.loss.mean(0).argmax())
+    print(f"the hardest block over all timesteps is {hardest}; see {output} and {output.with_suffix('.png')}")
+
+
+def _tradeoff(options: argparse.Namespace) -> None:
+    import torch
+
+    from acdit.analysis.plots import plot_tradeoff
+    from acdit.analysis.tradeoff import measure_tradeoff
+    from acdit.errors import ConfigError
+
+    subject, blocks, output = _loaded(options)
+    _, guided = subject.sampling(None, not options.no_guidance)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device", found="cuda", expected="cpu: torch sees no CUDA device here")
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    record = measure_tradeoff(
+        subject, blocks, output, steps=options.steps, guided=guided, batch=options.batch_size, rounds=options.rounds,
+        minutes=options.minutes, dtype=options.dtype, device=device,
+    )  # fmt: skip
+    write_figures(output, record)
+    for row in record["rows"]:
+        times, held = row["time"], row["memory"]
+        print(
+            f"{row['num_blocks']} blocks of {'×'.join(map(str, row['block']))}: {row['seconds']:.3g} s "
+            f"({times['measured']:.2f} of the first, FLOPs say {times['predicted']:.2f}), peak beside the weights "
+            f"{held['measured'] / 2**20:.1f} MiB (predicted {held['predicted'] / 2**20:.1f})"
+        )
+    if record["left"]:
+        print(f"{len(record['left'])} measurements are left: start the same command again")
+    if not record["rows"]:
+        return
+    plot_tradeoff(
+        record["rows"], output.with_suffix(".png"), f"{subject.name}, {options.steps} steps a block, {device}"
+    )
+    print(f"see {output} and {output.with_suffix('.png')}")
+
+
+def _scaling(options: argparse.Namespace) -> None:
+    from acdit.analysis.plots import plot_scaling
+    from acdit.analysis.scaling import fit_power, read_runs
+    from acdit.evaluation.sweep import require_matplotlib
+
+    require_matplotlib("acdit analyze scaling")
+    output = require_suffix(options.output, ".json")
+    rows = read_runs(options.runs, options.metrics, options.key, options.tail)
+    fit = fit_power(rows)
+    key = "training loss" if options.metrics is None else options.key
+    write_figures(output, {"key": key, "metrics": options.metrics, "tail": options.tail, "runs": rows, "fit": fit})
+    plot_scaling(rows, fit, output.with_suffix(".png"), key)
+    for row in rows:
+        print(f"{row['name']}: {row['parameters']:,} parameters, {key} {row['value']:.5g}")
+    if fit is None:
+        print("no power law is fitted: it takes three sizes and positive losses")
+    else:
+        print(f"{key} ∝ parameters^{fit['exponent']:.3f}, at most {fit['largest_deviation']:.1%} off")
+    print(f"see {output} and {output.with_suffix('.png')}")
