@@ -79,9 +79,6 @@ def measure_loss(
                           fix="acdit evaluate")  # fmt: skip
     corruption = build_corruption(recipe)
     assert isinstance(corruption, GaussianCorruption)
-    pipeline: Any = load_pipeline(recipe, Path(model))
-    asked = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    transformer = pipeline.transformer.to(asked).eval()
     # What training chooses at random is chosen once here: no mirrored pictures, the middle of what is cropped.
     chosen = dataclasses.replace(recipe.data, flip=False, crop="center")
     if chosen.kind == "clips" and chosen.start == "random":
@@ -90,6 +87,9 @@ def measure_loss(
     if isinstance(dataset, StreamDataset):
         raise ConfigError("data.streaming", found="true", expected="false: a split is measured whole")
     codec, _ = build_codec(dataclasses.replace(recipe, data=chosen), dataset)
+    pipeline: Any = load_pipeline(recipe, Path(model))
+    asked = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    transformer = pipeline.transformer.to(asked).eval()
     layout, config = transformer.layout, transformer.config
     expected = (config.in_channels, *layout.grid)
     if data_shape(dataset, codec) != expected:
