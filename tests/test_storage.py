@@ -162,8 +162,10 @@ def test_leftovers_are_not_checkpoints_and_are_cleaned(tmp_path: Path) -> None:
     (tmp_path / ".tmp-checkpoint-7-123-deadbeef").mkdir()
     (tmp_path / "checkpoint-9").mkdir()  # no manifest: never committed
     assert committed_checkpoints(tmp_path) == []
+    (tmp_path / ".tmpRaUULZ").touch()  # safetensors' own, of a process that was killed while it saved
+    (tmp_path / ".tmp.notes").touch()  # a stranger's
     storage.clean_leftovers(tmp_path)
-    assert not list(tmp_path.glob(".tmp-*"))
+    assert [place.name for place in tmp_path.glob(".tmp*")] == [".tmp.notes"]
     commit(tmp_path / "checkpoint-7")
     assert [step for step, _ in committed_checkpoints(tmp_path)] == [7]
 

@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 _TEMPORARY = ".tmp-"
+_OF_SAFETENSORS = re.compile(r"\.tmp[A-Za-z0-9]{6}")  # files that its save_file writes first, beside the one it is for
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
@@ -277,7 +278,9 @@ def clean_leftovers(parent: str | Path) -> list[Path]:
         What was removed.
     """
     removed = []
-    for place in sorted(Path(parent).glob(f"{_TEMPORARY}*")):
+    for place in sorted(Path(parent).glob(".tmp*")):
+        if not place.name.startswith(_TEMPORARY) and not (place.is_file() and _OF_SAFETENSORS.fullmatch(place.name)):
+            continue
         old = re.fullmatch(rf"{re.escape(_TEMPORARY)}old-(.+)-\d+-[0-9a-f]{{8}}", place.name)
         if old and not place.with_name(old[1]).exists() and is_committed(place):
             logger.warning("%s: a save was cut off; what was there before is put back", old[1])
