@@ -99,6 +99,7 @@ def plot_loss(figures: Mapping[str, Any], path: str | Path, heading: str) -> Non
             spread = [row["bits_per_dim"] - row["interval"][0] for row in parts]
             axes[1].errorbar(blocks, totals, spread, fmt="none", ecolor="#282c34", capsize=3)
             axes[1].set(xlabel="block")
+            axes[1].xaxis.get_major_locator().set_params(integer=True)
             axes[1].legend(fontsize=7)
 
 
