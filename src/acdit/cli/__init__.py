@@ -11,7 +11,20 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from acdit.allocator import keep_freed_memory
-from acdit.cli import consolidate, convert, data, demo, encode, evaluate, plan, recipes, sample, train
+from acdit.cli import (
+    classify,
+    consolidate,
+    convert,
+    data,
+    demo,
+    encode,
+    evaluate,
+    finetune,
+    plan,
+    recipes,
+    sample,
+    train,
+)
 from acdit.cli.parser import EXIT_CODES, version
 
 # What the system says when a place cannot be written or read: the user's disk, not our bug.
@@ -122,6 +135,9 @@ def _parser() -> argparse.ArgumentParser:
         made.set_defaults(run=run)
         return made
 
-    for module in (train, data, encode, plan, sample, evaluate, consolidate, convert, demo, recipes):
+    commands_in_order = (
+        train, data, encode, plan, sample, evaluate, finetune, classify, consolidate, convert, demo, recipes,
+    )  # fmt: skip
+    for module in commands_in_order:
         module.add(command)
     return parser
