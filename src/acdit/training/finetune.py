@@ -322,13 +322,13 @@ class ClassifierTrainer(Trainer):
 
 def _new_head(settings: ClassificationRecipe, built: Built) -> ClassificationHead:
     config = built.model.config
-    return ClassificationHead(
-        config.num_attention_heads * config.attention_head_dim,
-        built.dataset.num_classes,
-        list(settings.layers),
-        settings.pooling,
-        settings.heads,
-        settings.bidirectional,
-        settings.noise_timestep,
-        {str(index): name for index, name in enumerate(built.dataset.class_names)},
+    return ClassificationHead(  # by name: diffusers takes what is given by position for defaults
+        width=config.num_attention_heads * config.attention_head_dim,
+        num_classes=built.dataset.num_classes,
+        layers=list(settings.layers),
+        pooling=settings.pooling,
+        heads=settings.heads,
+        bidirectional=settings.bidirectional,
+        noise_timestep=settings.noise_timestep,
+        id2label={str(index): name for index, name in enumerate(built.dataset.class_names)},
     )
