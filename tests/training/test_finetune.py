@@ -162,8 +162,8 @@ def test_rates_fall_layer_by_layer_and_what_serves_generation_alone_rests(source
 
 def test_a_probe_leaves_the_model_alone_and_learns(source: Path, tmp_path: Path) -> None:
     recipe = recipe_for(
-        source, train__steps=200, optim__batch_size=64, optim__lr=1e-2, train__checkpoint_every=200,
-        train__sample_every=100, train__log_every=50,
+        source, pooling="attentive", layers=[0, -1], train__steps=200, optim__batch_size=64, optim__lr=2e-2,
+        train__checkpoint_every=200, train__sample_every=100, train__log_every=50,
     )  # fmt: skip
     trainer = ClassifierTrainer(recipe, tmp_path, progress=False, evaluate=evaluation(recipe))
     before = {name: value.clone() for name, value in trainer.transformer.state_dict().items()}
