@@ -37,7 +37,8 @@ def evaluate_classifier(options: argparse.Namespace) -> None:
             raise ConfigError(f"--{name.replace('_', '-')}", found="--classification", expected="one of the two")
     if not options.samples:
         raise ConfigError("SAMPLES", found="nothing", expected="the folder of a model with a classifier/")
-    model, *overrides = [*options.samples, *options.overrides]
+    model: str = options.samples[0]
+    overrides: list[str] = [*options.samples[1:], *options.overrides]
     started = time.perf_counter()
     with joined_processes() as processes:
         classifier = load_classifier(model, str(processes.device(options.device)), options.vae)
