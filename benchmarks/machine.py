@@ -90,7 +90,7 @@ def as_markdown(machine: dict[str, Any]) -> list[str]:
 def command(script: str) -> str:
     """The command line, without the paths of this machine."""
     words = [
-        "PATH" if before in ("--reference", "--mar", "--output") else word
+        "PATH" if before in ("--reference", "--mar", "--bd3lms", "--data", "--output", "--results") else word
         for before, word in zip(sys.argv, sys.argv[1:], strict=False)
     ]
     return " ".join(["python", f"benchmarks/{script}", *words])

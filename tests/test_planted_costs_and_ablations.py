@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import acdit.dit
-from acdit import costs
+from acdit import costs, flops
 from acdit.layout import BlockLayout
 from acdit.training.batches import Batches
 from tests import test_costs, test_dit, test_model
@@ -32,7 +32,7 @@ def context_left_clean(patch: pytest.MonkeyPatch) -> None:
 
 
 def attention_backward_as_cheap_as_a_linears(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(costs, "_BACKWARD_OF_ATTENTION", 2.0)
+    patch.setattr(flops, "_BACKWARD_OF_ATTENTION", 2.0)
 
 
 def gradients_in_flight_forgotten(patch: pytest.MonkeyPatch) -> None:

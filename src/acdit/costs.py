@@ -1,8 +1,4 @@
-"""What a run costs, in closed form: parameters, floating-point operations, memory.
-
-FLOPs count a multiply-add as two and matrix products only (linears and attention), the field's convention. A training
-step computes 2N−1 blocks, of the clean ones in the last layer keys and values alone, and attends the allowed pairs
-only, so nothing here is the dense figure of 2N blocks.
+"""What a run costs, in closed form: parameters, floating-point operations (`acdit.flops`), memory.
 
 Memory counts the bytes torch's allocator holds: what the layers of `acdit.layers` keep for their backward, tensor by
 tensor, and the largest temporaries beside them. Buffers that libraries take by themselves, the driver's share and
@@ -14,179 +10,19 @@ H heads, r MLP ratio.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from acdit.errors import ConfigError
-from acdit.layout import BlockLayout
-from acdit.mask import Window, make_window
+from acdit.flops import CHECKPOINTING, FREQUENCIES, Architecture, picture_flops, training_flops
 
-CHECKPOINTING = ("none", "elementwise", "layers")
+__all__ = [
+    "CHECKPOINTING", "PRECISIONS", "SHARDINGS", "Architecture", "SamplingMemory", "TrainingMemory", "activation_peak",
+    "picture_flops", "sampling_memory", "training_flops", "training_memory",
+]  # fmt: skip
+
 PRECISIONS = ("fp32", "bf16", "fp64")
 SHARDINGS = ("ddp", "fsdp")
-_FREQUENCIES = 256
-"""Width of the timestep's sinusoid."""
-_BACKWARD_OF_ATTENTION = 2.5
-"""Products of attention's backward by its forward's: scores again, and four gradients' worth (5 against 2)."""
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """What a model's cost depends on."""
-
-    layout: BlockLayout
-    channels: int
-    num_layers: int
-    num_heads: int
-    head_dim: int
-    mlp_ratio: float = 4.0
-    num_classes: int | None = None
-    window: Window | None = None
-    vocab_size: int | None = None
-
-    @classmethod
-    def of(cls, config: Mapping[str, Any]) -> Architecture:
-        """From the config of an `ACDiTTransformer`."""
-        return cls(
-            layout=BlockLayout(config["grid"], config["block"], config["patch"]),
-            channels=config["in_channels"],
-            num_layers=config["num_layers"],
-            num_heads=config["num_attention_heads"],
-            head_dim=config["attention_head_dim"],
-            mlp_ratio=config["mlp_ratio"],
-            num_classes=config["num_classes"],
-            window=make_window(config.get("window"), config.get("sink_blocks", 0), "true", can_turn=True),
-            vocab_size=config.get("vocab_size"),
-        )
-
-    @property
-    def width(self) -> int:
-        """W."""
-        return self.num_heads * self.head_dim
-
-    @property
-    def inner(self) -> int:
-        """Width inside the MLP, r·W."""
-        return int(self.width * self.mlp_ratio)
-
-    @property
-    def token_dim(self) -> int:
-        """Width of a token's prediction: D, or V of text."""
-        return self.layout.token_dim(self.channels) if self.vocab_size is None else self.vocab_size
-
-    @property
-    def input_dim(self) -> int:
-        """Width of a token that the embedder multiplies: D; 0 of text, whose ids are looked up."""
-        return self.token_dim if self.vocab_size is None else 0
-
-    @property
-    def seen_blocks(self) -> int:
-        """Pairs of a block and a clean block before it that it sees, of all N blocks: N·(N−1)/2 without a window."""
-        return self._seen_before(self.layout.num_blocks)
-
-    @property
-    def seen_clean_blocks(self) -> int:
-        """The same of the N−1 clean blocks that are read, each with itself."""
-        read = self.layout.num_blocks - 1
-        return self._seen_before(read) + read
-
-    def _seen_before(self, blocks: int) -> int:
-        if self.window is None:
-            return blocks * (blocks - 1) // 2
-        return sum(stop - start for block in range(blocks) for start, stop in self.window.segments(block))
-
-    @property
-    def layer_parameters(self) -> int:
-        """Parameters of one layer: products, their biases, norms and adaLN."""
-        w, inner = self.width, self.inner
-        products = 4 * w * w + 4 * w + 2 * w * inner + inner + w
-        return products + 2 * w + 2 * self.head_dim + 6 * w * w + 6 * w
-
-    @property
-    def parameters(self) -> int:
-        """All parameters."""
-        w, d = self.width, self.token_dim
-        rows = d if self.vocab_size is None else d + 1  # the mask token's
-        ends = rows * w + _FREQUENCIES * w + w + w * w + w  # token and timestep embedders
-        ends += w + 2 * w * w + 2 * w + w * d + d  # final layer
-        labels = 0 if self.num_classes is None else (self.num_classes + 1) * w
-        return ends + labels + self.num_layers * self.layer_parameters
-
-
-# --- floating-point operations ------------------------------------------------------------------------------------
-
-
-def training_flops(arch: Architecture, batch: int, copies: int = 1, checkpointing: str = "none") -> float:
-    """FLOPs of forward and backward of one training step; what checkpointing computes again is counted.
-
-    Args:
-        arch: the model.
-        batch: samples, of all devices and micro-batches together.
-        copies: noisy copies that share a clean pass.
-        checkpointing: "layers" runs every layer's forward twice; the other modes repeat no product.
-    """
-    _known("gradient_checkpointing", checkpointing, CHECKPOINTING)
-    layers = _layer_products(arch, copies)
-    pairs = _attention_products(arch, copies)
-    ends, without_input_gradient = _end_products(arch, copies)
-    flops = 3 * (layers + ends) - without_input_gradient + (1 + _BACKWARD_OF_ATTENTION) * pairs
-    if checkpointing == "layers":
-        flops += layers + pairs
-    return batch * flops
-
-
-def picture_flops(arch: Architecture, steps: int = 25, guided: bool = True) -> float:
-    """FLOPs of drawing one sample: every block denoised in `steps` steps against the cache, then read once.
-
-    Args:
-        arch: the model.
-        steps: model calls a block (a multistep solver makes one a step).
-        guided: both branches of classifier-free guidance; they share the cache and its writing.
-    """
-    w, length, blocks, depth = arch.width, arch.layout.block_tokens, arch.layout.num_blocks, arch.num_layers
-    token = _products_a_token(arch)
-    embed, predict = 2 * arch.input_dim * w, 2 * arch.token_dim * w
-    condition = 12 * w * w * depth + 2 * w * (_FREQUENCIES + w) + 4 * w * w
-    seen = (arch.seen_blocks + blocks) * length**2
-    denoise = blocks * (length * (token * depth + embed + predict) + condition) + 4 * w * seen * depth
-    read_pairs = arch.seen_clean_blocks * length**2
-    read = (blocks - 1) * length * (token * (depth - 1) + 4 * w * w + embed) + 4 * w * read_pairs * (depth - 1)
-    return steps * (2 if guided else 1) * denoise + read
-
-
-def _products_a_token(arch: Architecture) -> float:
-    """Forward FLOPs of a layer's linears for one token: 24·W² with the usual MLP."""
-    return 2 * (4 * arch.width**2 + 2 * arch.width * arch.inner)
-
-
-def _layer_products(arch: Architecture, copies: int) -> float:
-    """Forward FLOPs of all layers' linears, one sample."""
-    w, length, blocks, depth = arch.width, arch.layout.block_tokens, arch.layout.num_blocks, arch.num_layers
-    clean, noisy = (blocks - 1) * length, copies * blocks * length
-    tokens = _products_a_token(arch) * (noisy * depth + clean * (depth - 1)) + 4 * w * w * clean
-    return tokens + depth * copies * blocks * 12 * w * w  # adaLN: one vector a noisy block
-
-
-def _attention_products(arch: Architecture, copies: int) -> float:
-    """Forward FLOPs of all layers' attention over the allowed pairs, one sample."""
-    length, blocks, depth = arch.layout.block_tokens, arch.layout.num_blocks, arch.num_layers
-    noisy = copies * (arch.seen_blocks + blocks) * length**2
-    clean = arch.seen_clean_blocks * length**2
-    return 4 * arch.width * (noisy * depth + clean * (depth - 1))
-
-
-def _end_products(arch: Architecture, copies: int) -> tuple[float, float]:
-    """Forward FLOPs of embedders and final layer, one sample; and of those whose inputs need no gradient."""
-    w, length, blocks = arch.width, arch.layout.block_tokens, arch.layout.num_blocks
-    noisy = copies * blocks
-    embed = 2 * arch.input_dim * w * length * (blocks - 1 + noisy)
-    sinusoid = 2 * _FREQUENCIES * w * noisy
-    rest = 2 * w * w * noisy + 4 * w * w * noisy + 2 * w * arch.token_dim * noisy * length
-    return embed + sinusoid + rest, embed + sinusoid
-
-
-# --- memory -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -255,6 +91,48 @@ def training_memory(
         communication=communication,
         activations=start,
         total=(3 + averages) * held + communication + working,
+    )
+
+
+@dataclass(frozen=True)
+class SamplingMemory:
+    """Bytes on one device while it samples."""
+
+    weights: int
+    cache: int
+    """Keys and values of the clean blocks that are kept: all but the last, or those a window sees and one."""
+    working: int
+    """The most that one call of the model allocates beside the cache."""
+
+    @property
+    def total(self) -> int:
+        """The most that is held at once."""
+        return self.weights + self.cache + self.working
+
+
+def sampling_memory(arch: Architecture, batch: int, *, guided: bool = True, precision: str = "fp32") -> SamplingMemory:
+    """Memory of one device that draws samples.
+
+    Args:
+        arch: the model.
+        batch: samples at once.
+        guided: both branches of classifier-free guidance, which share the cache.
+        precision: of weights, cache and activations.
+    """
+    _known("precision", precision, PRECISIONS)
+    size, wide = {"fp32": (4, 4), "bf16": (2, 4), "fp64": (8, 8)}[precision]
+    layout, w = arch.layout, arch.width
+    kept = layout.num_blocks - 1 if arch.window is None else arch.window.capacity + 1  # one more is being read
+    tokens = batch * (2 if guided else 1) * layout.block_tokens
+    # While GELU works in a layer: its input and output, the residual before and after attention, q and k, the product
+    # that v is a part of, attention's output and projection, and the MLP's modulated input.
+    working = tokens * size * (10 * w + 2 * arch.inner)
+    working += wide * tokens * 3 * arch.token_dim  # the solver's: noisy block, prediction, the one before
+    working += 2 * wide * arch.head_dim * layout.block_tokens  # rotations
+    return SamplingMemory(
+        weights=arch.parameters * size,
+        cache=2 * batch * kept * layout.block_tokens * w * arch.num_layers * size,
+        working=working,
     )
 
 
@@ -404,7 +282,7 @@ def _ends(arch: Architecture, batch: int, copies: int, precision: str) -> float:
     rotations = 2 * wide * arch.head_dim * layout.block_tokens * (blocks + layout.num_blocks)
     tokens = batch * blocks * layout.block_tokens
     noisy_tokens = noisy_blocks * layout.block_tokens
-    condition = noisy_blocks * (2 * size * w + 2 * wide * w + wide * _FREQUENCIES)
+    condition = noisy_blocks * (2 * size * w + 2 * wide * w + wide * FREQUENCIES)
     return rotations + max(wide, size) * (arch.input_dim * tokens + 3 * d * noisy_tokens) + condition
 
 

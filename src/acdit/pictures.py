@@ -135,7 +135,7 @@ def loss_curve(log_path: str | Path, path: str | Path, title: str = "Training lo
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("drawing a loss curve needs matplotlib: pip install 'acdit[train]'") from error
-    records = _log_records(Path(log_path))
+    records = log_records(Path(log_path))
     steps = [record["step"] for record in records]
     losses = torch.tensor([float(record["loss"]) for record in records], dtype=torch.float64)
     figure = Figure(figsize=(7.5, 4.2), dpi=120, layout="constrained")
@@ -166,7 +166,12 @@ def loss_curve(log_path: str | Path, path: str | Path, title: str = "Training lo
     figure.savefig(path)
 
 
-def _log_records(path: Path) -> list[dict[str, Any]]:
+def log_records(path: Path) -> list[dict[str, Any]]:
+    """The lines of a run's log.jsonl that have a step and a finite loss, one a step, in order.
+
+    Raises:
+        DataError: there is none.
+    """
     records: dict[int, dict[str, Any]] = {}
     for line in path.read_text().splitlines():
         try:

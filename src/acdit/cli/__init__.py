@@ -7,11 +7,11 @@ import errno
 import logging
 import re
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from acdit.allocator import keep_freed_memory
 from acdit.cli import (
+    analyze,
     classify,
     consolidate,
     convert,
@@ -25,14 +25,13 @@ from acdit.cli import (
     sample,
     train,
 )
-from acdit.cli.parser import EXIT_CODES, version
+from acdit.cli.parser import EXIT_CODES, adder, version
 
 # What the system says when a place cannot be written or read: the user's disk, not our bug.
 _STORAGE_ERRORS = (
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR,
     errno.EISDIR, errno.ENAMETOOLONG, errno.EIO, errno.ENOENT,
 )  # fmt: skip
-Run = Callable[[argparse.Namespace], Any]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -115,9 +114,6 @@ def _dashes(argument: str) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    common.add_argument("--verbose", action="store_true", help="log what is chosen and done")
     parser = argparse.ArgumentParser(
         prog="acdit",
         description="Blockwise autoregressive diffusion transformers (ACDiT).",
@@ -126,18 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"acdit {version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-
-    def command(name: str, run: Run, summary: str, example: str) -> argparse.ArgumentParser:
-        made = commands.add_parser(
-            name, parents=[common], help=summary, description=summary, epilog=f"example:\n  {example}\n\n{EXIT_CODES}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )  # fmt: skip
-        made.set_defaults(run=run)
-        return made
-
-    commands_in_order = (
-        train, data, encode, plan, sample, evaluate, finetune, classify, consolidate, convert, demo, recipes,
-    )  # fmt: skip
-    for module in commands_in_order:
-        module.add(command)
+    making, using = (train, finetune, data, encode, plan), (sample, evaluate, classify, analyze)
+    for module in (*making, *using, consolidate, convert, demo, recipes):
+        module.add(adder(commands))
     return parser

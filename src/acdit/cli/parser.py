@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable
+from typing import Any
 
 AddCommand = Callable[..., argparse.ArgumentParser]
 """(name, run, summary, example) → the new command's parser. `run` takes the parsed options and returns an exit code or
@@ -46,3 +47,29 @@ def version() -> str:
     from acdit import __version__
 
     return __version__
+
+
+def adder(commands: Any, nested: bool = False) -> AddCommand:
+    """How commands are declared below a parser.
+
+    Args:
+        commands: what the parser's `add_subparsers` gave.
+        nested: below a command, which has read the common options already: only what is given again counts.
+    """
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error", **_unset(nested))
+    common.add_argument("--verbose", action="store_true", help="log what is chosen and done", **_unset(nested))
+
+    def command(name: str, run: Callable[..., Any] | None, summary: str, example: str) -> argparse.ArgumentParser:
+        made: argparse.ArgumentParser = commands.add_parser(
+            name, parents=[common], help=summary, description=summary, epilog=f"example:\n  {example}\n\n{EXIT_CODES}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )  # fmt: skip
+        made.set_defaults(run=run)
+        return made
+
+    return command
+
+
+def _unset(nested: bool) -> dict[str, Any]:
+    return {"default": argparse.SUPPRESS} if nested else {}

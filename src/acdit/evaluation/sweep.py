@@ -60,13 +60,14 @@ def combinations(axes: Sequence[Axis]) -> list[dict[str, float]]:
     return [dict(zip(keys, point, strict=True)) for point in itertools.product(*(axis.values for axis in axes))]
 
 
-def require_matplotlib() -> None:
-    """Raises ConfigError where the plot could not be drawn at the end: better said before the sampling."""
+def require_matplotlib(what: str = "--sweep") -> None:
+    """Raises ConfigError, for the command or option `what`, where the plot could not be drawn at the end: better said
+    before the work."""
     try:
         import matplotlib.figure  # noqa: F401 (only whether it is there)
     except ImportError:
         raise ConfigError(
-            "--sweep", found="no matplotlib to draw its plot with", expected="the extra eval",
+            what, found="no matplotlib to draw its plot with", expected="the extra eval",
             fix="pip install 'acdit[eval]'",
         ) from None  # fmt: skip
 

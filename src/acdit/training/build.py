@@ -55,7 +55,7 @@ def assemble(
 ) -> Pipeline:
     """The pipeline around a model that was trained by a recipe, and its autoencoder or tokenizer if it has one; needs
     no data."""
-    corruption = _corruption(recipe)
+    corruption = build_corruption(recipe)
     if isinstance(corruption, MaskingCorruption):
         return ACDiTTextPipeline(model, tokenizer, begins_with_bos=recipe.data.wrap != "joined")
     names = {str(index): name for index, name in enumerate(class_names)}
@@ -93,7 +93,7 @@ def build(recipe: Recipe) -> Built:
     if recipe.corruption.kind == "masking" and recipe.model.vocab_size is None:
         filled = dataclasses.replace(recipe.model, vocab_size=getattr(dataset, "vocab_size", None))
         recipe = dataclasses.replace(recipe, model=filled)
-    corruption = _corruption(recipe)
+    corruption = build_corruption(recipe)
     model = build_model(recipe.model, recipe.seed)
     if recipe.train.precision == "fp64":
         model.double()
@@ -146,7 +146,8 @@ def _check_corruption(recipe: Recipe) -> None:
         _masking(recipe, recipe.model.vocab_size or 1)
 
 
-def _corruption(recipe: Recipe) -> Corruption:
+def build_corruption(recipe: Recipe) -> Corruption:
+    """The corruption of a recipe; of text it must have its vocabulary's size."""
     settings, vocab_size = recipe.corruption, recipe.model.vocab_size
     if vocab_size is None:
         known = inspect.signature(GaussianCorruption).parameters  # the rest is the batches' business
