@@ -4,8 +4,9 @@
 
 Two models of the recipe mnist are trained: ACDiT with its four blocks, and with one block, which is a plain diffusion
 transformer of the same size (DiT). Each gets a linear probe on its frozen features: ACDiT's are those of its clean
-stream, DiT's those of its noisy stream at a few noise levels, for it has no other. Then all of ACDiT is fine-tuned
-(recipe finetune-mnist). All measure on the test set; which layers and which noise level count is chosen on the last
+stream, DiT's those of its noisy stream at a few noise levels, for it has no other; tokens are averaged over the whole
+picture, or over each quarter (the blocks of ACDiT, the same places of DiT). Then all of ACDiT is fine-tuned
+(recipe finetune-mnist). All measure on the test set; which layers, average and noise level count is chosen on the last
 5,000 training pictures, which no probe of the choice has seen.
 
 Everything lies in runs/representation, figures go to docs/results/representation.json.
@@ -30,6 +31,7 @@ from acdit.classifiers import ACDiTClassifier, corruption_of
 from acdit.data.build import build_dataset
 from acdit.evaluation.classification import measure_accuracy, wilson_interval
 from acdit.heads import ClassificationHead, Classifier
+from acdit.layout import BlockLayout
 from acdit.model_folder import overrides_from
 from acdit.pipelines import ACDiTPipeline
 from acdit.recipe import load_recipe
@@ -106,28 +108,44 @@ def probe(name: str, model: Path, level: float | None, options: argparse.Namespa
     count = len(train["labels"])
     shown = count - min(HELD_BACK, count // 5)
     num_layers = len(train) - 1
-    choices = [[layer] for layer in range(num_layers)] + [list(range(num_layers))]
+    sets = [[layer] for layer in range(num_layers)] + [list(range(num_layers))]
+    choices = [(layers, whole) for whole in (True, False) for layers in sets]
 
-    def accuracy(layers: list[int], seen: int, judged: dict[str, Tensor], start: int = 0) -> float:
-        inputs, labels = joined(train, layers)[:seen], train["labels"][:seen]
-        return right(fit(inputs, labels, options), joined(judged, layers)[start:], judged["labels"][start:])
+    def accuracy(choice: tuple[list[int], bool], seen: int, judged: dict[str, Tensor], start: int = 0) -> float:
+        inputs, labels = joined(train, *choice)[:seen], train["labels"][:seen]
+        return right(fit(inputs, labels, options), joined(judged, *choice)[start:], judged["labels"][start:])
 
-    held_back = {str(layers): accuracy(layers, shown, train, shown) for layers in choices}
-    layers = max(choices, key=lambda one: held_back[str(one)])
-    found = accuracy(layers, count, test)
+    held_back = {named(choice): accuracy(choice, shown, train, shown) for choice in choices}
+    best = max(choices, key=lambda one: held_back[named(one)])
+    of_whole = max((one for one in choices if one[1]), key=lambda one: held_back[named(one)])
+    found = accuracy(best, count, test)
     total = len(test["labels"])
     result = {
-        "accuracy": found, "interval": list(wilson_interval(round(found * total), total)), "layers": layers,
-        "chosen_on": held_back[str(layers)], "held_back_accuracy_by_layers": held_back, "settings": settings,
+        "accuracy": found, "interval": list(wilson_interval(round(found * total), total)), "chosen": named(best),
+        "whole_picture_accuracy": accuracy(of_whole, count, test), "chosen_on": held_back[named(best)],
+        "held_back_accuracy": held_back, "settings": settings,
     }  # fmt: skip
     storage.write_json_atomic(kept, result)
-    print(f"probe {name}: {found:.4f} (layers {layers})")
+    print(f"probe {name}: {found:.4f} ({named(best)})")
     return result
 
 
-def joined(features_of: dict[str, Tensor], layers: list[int]) -> Tensor:
-    """(M, F): features of some layers side by side."""
-    return torch.cat([features_of[f"layer-{layer}"] for layer in layers], dim=1)
+def named(choice: tuple[list[int], bool]) -> str:
+    """How the result names layers and average."""
+    layers, whole = choice
+    return f"layers {', '.join(map(str, layers))}, {'mean' if whole else 'means of quarters'}"
+
+
+def joined(features_of: dict[str, Tensor], layers: list[int], whole: bool) -> Tensor:
+    """(M, F): features of some layers side by side, of the whole picture or of its quarters."""
+    parts = [features_of[f"layer-{layer}"] for layer in layers]
+    return torch.cat([part.mean(2) if whole else part.flatten(1) for part in parts], dim=1)
+
+
+def quarters(tokens: Tensor, layout: BlockLayout) -> Tensor:
+    """(B, N, L, W) → (B, W, 4): means over the quarters of the picture, whatever its blocks."""
+    grid = BlockLayout(layout.token_grid, layout.block).from_blocks(tokens)
+    return F.adaptive_avg_pool2d(grid, 2).flatten(2)
 
 
 def fit(inputs: Tensor, labels: Tensor, options: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -158,7 +176,7 @@ def right(linear: tuple[Tensor, Tensor, Tensor, Tensor], inputs: Tensor, labels:
 def features(
     name: str, model: Path, level: float | None, split: str, sha256: str, options: argparse.Namespace
 ) -> dict[str, Tensor]:
-    """Mean features of every layer and the labels, of a split; in parts that are kept."""
+    """(M, W, 4) of every layer, and the labels, of a split; in parts that are kept."""
     recipe = load_recipe("finetune-mnist", [f"data.root={options.data}"])
     dataset: Any = build_dataset(dataclasses.replace(recipe.data, split=split))
     total = min(len(dataset), options.pictures)
@@ -181,7 +199,8 @@ def features(
                 if level is not None:
                     key = {"seed": options.seed, "stream": f"feature noise {split}", "step": 0}
                     noise = draws.normal(tuple(blocks.shape[1:]), samples=indices, **key)
-                found.append([layer.mean(dim=(1, 2)) for layer in classifier.classifier.features(blocks, noise)])
+                layout = pipeline.transformer.layout
+                found.append([quarters(layer, layout) for layer in classifier.classifier.features(blocks, noise)])
             tensors = {f"layer-{layer}": torch.cat([part[layer] for part in found]) for layer in range(num_layers)}
             tensors["labels"] = torch.tensor([dataset[index][1] for index in range(start, stop)])
             kept.parent.mkdir(parents=True, exist_ok=True)

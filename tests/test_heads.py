@@ -10,23 +10,26 @@ import torch
 from acdit.classifiers import ACDiTClassifier, corruption_of
 from acdit.corruption import GaussianCorruption
 from acdit.errors import ConfigError
-from acdit.heads import ClassificationHead, Classifier
+from acdit.heads import POOLINGS, ClassificationHead, Classifier
 from acdit.pipelines import ACDiTPipeline
 from tests.conftest import awaken, blocks_like, tiny_model
 
 
 def head_for(pooling: str, **options: object) -> ClassificationHead:
-    settings = {"layers": [0, -1], "heads": 4, **options}
+    settings = {"layers": [0, -1], "heads": 4, "num_blocks": 4, **options}
     return awaken(ClassificationHead(32, 7, pooling=pooling, **settings), 0.5).double()
 
 
-@pytest.mark.parametrize("pooling", ["mean", "attentive"])
+@pytest.mark.parametrize("pooling", POOLINGS)
 def test_pooling_is_the_average_it_says(pooling: str) -> None:
     head = head_for(pooling)
     features = [3 * torch.randn(2, 3, 5, 32, dtype=torch.float64) for _ in range(2)]
     tokens = torch.cat([layer.flatten(1, 2) for layer in features], dim=-1)
     if pooling == "mean":
         average = tokens.mean(1)
+    elif pooling == "blocks":
+        means = [torch.cat([layer[:, block].mean(1) for layer in features], dim=-1) for block in range(3)]
+        average = torch.cat([*means, torch.zeros_like(means[0])], dim=-1)  # the fourth has not been seen
     else:
         tokens = tokens / (tokens.square().mean(-1, keepdim=True) + 1e-6).sqrt()
         rows = []
@@ -39,7 +42,7 @@ def test_pooling_is_the_average_it_says(pooling: str) -> None:
     torch.testing.assert_close(head(features), expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("pooling", ["mean", "attentive"])
+@pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("kind", [{}, {"window": 1, "sink_blocks": 1}])
 def test_streaming_answers_as_all_blocks_at_once_after_every_block(pooling: str, kind: dict[str, int]) -> None:
     model = tiny_model((8, 4, 4), (2, 4, 4), **kind)
@@ -56,7 +59,7 @@ def test_streaming_answers_as_all_blocks_at_once_after_every_block(pooling: str,
     assert (streamed[0] - streamed[-1]).abs().max() > 1e-6
 
 
-@pytest.mark.parametrize("pooling", ["mean", "attentive"])
+@pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("whole", [False, True])
 def test_a_head_saved_and_loaded_gives_the_same_logits(pooling: str, whole: bool, tmp_path: Path) -> None:
     model = tiny_model(dtype=torch.float32)

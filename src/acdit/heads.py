@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from acdit.errors import ConfigError
 from acdit.layers import RMSNorm, rms_norm, wide_dtype
 from acdit.model import ACDiTTransformer, SafetensorsOnly
 
-POOLINGS = ("mean", "attentive")
+POOLINGS = ("mean", "blocks", "attentive")
 _EPS = 1e-6
 
 
@@ -44,8 +45,10 @@ class ClassificationHead(SafetensorsOnly, ModelMixin, ConfigMixin):
         width: W of the transformer.
         num_classes: logits.
         layers: whose features are read, side by side; see `ACDiTTransformer.encode`.
-        pooling: "mean" of the tokens (a linear probe), or "attentive": a learned query's average of learned values.
+        pooling: "mean" of the tokens (a linear probe); "blocks": the mean of each block, side by side, zero of those
+            that have not been seen; "attentive": a learned query's average of learned values.
         heads: H of the query.
+        num_blocks: N, for "blocks".
         bidirectional: features are those of every block seeing every block.
         noise_timestep: features are those of the noisy stream at this timestep (the baseline DiT); None: clean ones.
         id2label: class names by index, as JSON keeps them (string keys).
@@ -62,6 +65,7 @@ class ClassificationHead(SafetensorsOnly, ModelMixin, ConfigMixin):
         layers: Sequence[int] = (-1,),
         pooling: str = "mean",
         heads: int = 4,
+        num_blocks: int = 1,
         bidirectional: bool = False,
         noise_timestep: float | None = None,
         id2label: dict[str, str] | None = None,
@@ -78,6 +82,8 @@ class ClassificationHead(SafetensorsOnly, ModelMixin, ConfigMixin):
             self.query = nn.Parameter(torch.empty(heads, features // heads))
             self.key, self.value = nn.Linear(features, features), nn.Linear(features, features)
             nn.init.normal_(self.query, std=0.02)
+        elif pooling == "blocks":
+            features *= num_blocks
         self.norm = RMSNorm(features)
         self.linear = nn.Linear(features, num_classes)
         nn.init.normal_(self.linear.weight, std=0.01)
@@ -91,6 +97,11 @@ class ClassificationHead(SafetensorsOnly, ModelMixin, ConfigMixin):
         """
         tokens = torch.cat([layer.flatten(1, 2) for layer in features], dim=-1)
         tokens = tokens.to(wide_dtype(tokens.dtype))
+        if self.config.pooling == "blocks":
+            means = tokens.unflatten(1, features[0].shape[1:3]).mean(2).flatten(1)
+            seen = means if before is None else torch.cat([before.total, means], dim=1)
+            ones = means.new_ones(len(means), 1, 1)
+            return Pooled(seen, ones, ones)
         if self.config.pooling == "mean":
             values, scores = tokens[:, :, None], tokens.new_zeros(*tokens.shape[:2], 1)
         else:
@@ -111,7 +122,9 @@ class ClassificationHead(SafetensorsOnly, ModelMixin, ConfigMixin):
     def logits(self, pooled: Pooled) -> Tensor:
         """(B, num_classes)."""
         average = pooled.total.unflatten(1, (pooled.weight.shape[1], -1)) / pooled.weight
-        return self.linear(self.norm(average.flatten(1)))
+        flat = average.flatten(1)
+        unseen = self.linear.in_features - flat.shape[1]  # of "blocks"
+        return self.linear(self.norm(F.pad(flat, (0, unseen))))
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """(B, n, L, W) of each layer → (B, num_classes)."""

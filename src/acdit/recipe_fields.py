@@ -210,7 +210,8 @@ class ClassificationRecipe:
     """A classification head on the features of a trained model (`acdit finetune`); see `docs/understanding.md`.
 
     `tune` is what learns: "head" (a probe: the model is frozen) or "all". `pooling` is what becomes of the tokens:
-    their "mean", or an "attentive" average with a learned query of `heads` heads. `layers` whose outputs are read, 0 …
+    their "mean", the means of "blocks" side by side, or an "attentive" average with a learned query of `heads` heads.
+    `layers` whose outputs are read, 0 …
     or from the end −1 …; several stand side by side. `bidirectional`: every block sees every block (tune=all).
     `noise_timestep`: features come from the noisy stream at this timestep instead, as DiT has no other; None: clean.
 
@@ -273,7 +274,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "train.gradient_checkpointing": ("none", "elementwise", "layers"),
     "train.parallel": ("ddp", "fsdp2"),
     "classification.tune": ("head", "all"),
-    "classification.pooling": ("mean", "attentive"),
+    "classification.pooling": ("mean", "blocks", "attentive"),
 }  # fmt: skip
 # Inclusive lower bound and exclusive upper bound of numbers; lists are checked value by value.
 RANGES: dict[str, tuple[float, float]] = {

@@ -27,6 +27,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "linear probe": {},
     "linear probe, step by step": {"data__flip": True, "optim__batch_size": 4},
     "attentive probe of two layers": {"pooling": "attentive", "layers": [0, -1], "heads": 2},
+    "linear probe of blocks": {"pooling": "blocks", "layers": [0, -1]},
     "probe of noisy features": {"noise_timestep": 50.0},
     "fine-tuning": {"tune": "all", "layer_decay": 0.5, "label_smoothing": 0.1},
     "fine-tuning, both directions, mixup": {"tune": "all", "bidirectional": True, "mixup": 0.8},
@@ -72,7 +73,9 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(variant: str, source:
     published = [ACDiTClassifier.from_pretrained(tmp_path / place / "model").classifier for place in ("whole", "cut")]
     states = [one.state_dict() for one in published]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
-    assert (tmp_path / "whole" / "features").exists() == (variant in ("linear probe", "probe of noisy features"))
+    assert (tmp_path / "whole" / "features").exists() == (
+        variant in ("linear probe", "linear probe of blocks", "probe of noisy features")
+    )
 
 
 @pytest.mark.parametrize("variant", ["linear probe", "attentive probe of two layers", "fine-tuning"])
@@ -97,10 +100,11 @@ def test_the_published_folder_holds_the_averages_and_generates_as_before(
     assert found.class_names == [str(digit) for digit in range(10)]
 
 
+@pytest.mark.parametrize("pooling", ["mean", "blocks"])
 def test_features_taken_once_learn_what_features_taken_at_every_step_do(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pooling: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = recipe_for(source, train__precision="fp64")
+    recipe = recipe_for(source, pooling=pooling, layers=[0, -1], train__precision="fp64")
     once = tune(recipe, tmp_path / "once")
     monkeypatch.setattr(ClassifierTrainer, "_features_once", lambda self: False)
     always = tune(recipe, tmp_path / "always")

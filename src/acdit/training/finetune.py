@@ -219,7 +219,7 @@ class ClassifierTrainer(Trainer):
         settings, data = classification(self.recipe), self.recipe.data
         changing = data.flip or data.crop == "random" or (data.kind == "clips" and data.start == "random")
         posterior = self.recipe.codec.posterior == "sample"
-        probe = settings.tune == "head" and settings.pooling == "mean"
+        probe = settings.tune == "head" and settings.pooling != "attentive"
         return probe and not (settings.mixup or changing or posterior or length(self.built.dataset) is None)
 
     @torch.no_grad()
@@ -228,7 +228,7 @@ class ClassifierTrainer(Trainer):
         dataset: Any = self.built.dataset
         config = self.classifier.head.config
         description = {
-            "model": self._source_sha256, "samples": len(dataset), "layers": config.layers,
+            "model": self._source_sha256, "samples": len(dataset), "layers": config.layers, "pooling": config.pooling,
             "noise_timestep": config.noise_timestep, "seed": self.recipe.seed, "data": vars(self.recipe.data),
         }  # fmt: skip
         description["data"] = {
@@ -267,8 +267,9 @@ class ClassifierTrainer(Trainer):
             if classification(self.recipe).tune == "all":
                 logits = model(batch.clean, batch.noise)
             elif batch.clean.ndim == 2:
-                width = self.classifier.head.config.width
-                logits = model([part[:, None, None] for part in batch.clean.split(width, dim=1)])
+                config = self.classifier.head.config
+                taken = batch.clean.unflatten(1, (-1, len(config.layers), config.width))  # (B, N or 1, layers, W)
+                logits = model([layer[:, :, None] for layer in taken.unbind(2)])
             else:
                 with torch.no_grad():
                     features = self.classifier.features(batch.clean, batch.noise)
@@ -328,6 +329,7 @@ def _new_head(settings: ClassificationRecipe, built: Built) -> ClassificationHea
         layers=list(settings.layers),
         pooling=settings.pooling,
         heads=settings.heads,
+        num_blocks=built.model.layout.num_blocks,
         bidirectional=settings.bidirectional,
         noise_timestep=settings.noise_timestep,
         id2label={str(index): name for index, name in enumerate(built.dataset.class_names)},
