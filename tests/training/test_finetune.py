@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from acdit.errors import AcditError, ConfigError
 from acdit.evaluation.classification import measure_accuracy
 from acdit.model_folder import overrides_from
 from acdit.recipe import Recipe, recipe_to_dict
-from acdit.training import Trainer
+from acdit.training import Trainer, finetune
 from acdit.training.finetune import ClassifierTrainer, LabelledBatches
 from tests.training.runs import largest_difference, run, state_hash, tiny_recipe
 
@@ -109,6 +110,28 @@ def test_features_taken_once_learn_what_features_taken_at_every_step_do(
     monkeypatch.setattr(ClassifierTrainer, "_features_once", lambda self: False)
     always = tune(recipe, tmp_path / "always")
     assert largest_difference(once, always) <= 1e-6  # the kept features went through fp32
+
+
+def test_a_signal_while_features_are_taken_ends_the_run_and_keeps_them(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(finetune, "_CHUNK", 500)
+    whole = tune(recipe_for(source), tmp_path / "whole")
+    taken, take = [], ClassifierTrainer._mean_features
+
+    def interrupted(self: ClassifierTrainer, pictures: torch.Tensor, indices: range) -> torch.Tensor:
+        if not taken:
+            signal.raise_signal(signal.SIGTERM)
+        taken.append(indices)
+        return take(self, pictures, indices)
+
+    monkeypatch.setattr(ClassifierTrainer, "_mean_features", interrupted)
+    with pytest.raises(SystemExit) as done:
+        tune(recipe_for(source), tmp_path / "cut")
+    assert done.value.code == 143
+    assert taken[-1].stop == 500
+    assert state_hash(tune(recipe_for(source), tmp_path / "cut")) == state_hash(whole)
+    assert [indices.start for indices in taken].count(0) == 1  # kept ones are not taken again
 
 
 def test_accumulation_equals_one_batch_with_mixup_too(source: Path, tmp_path: Path) -> None:

@@ -237,6 +237,10 @@ class ClassifierTrainer(Trainer):
         store = ChunkStore(self.run / _FEATURES, description, len(dataset), _CHUNK)
 
         def make(start: int, stop: int) -> Mapping[str, Tensor]:
+            if (
+                self._interrupted is not None
+            ):  # no step has begun: what is taken stays, and that is all there is to save
+                raise SystemExit(128 + self._interrupted)
             pooled, labels = [], []
             for first in range(start, stop, _AT_ONCE):
                 indices = range(first, min(first + _AT_ONCE, stop))
