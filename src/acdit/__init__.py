@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from acdit.cache import KVCache
+    from acdit.classifiers import ACDiTClassifier
     from acdit.layout import BlockLayout
     from acdit.model import ACDiTTransformer
     from acdit.pipelines import ACDiTPipeline
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "ACDiTClassifier",
     "ACDiTPipeline",
     "ACDiTTextPipeline",
     "ACDiTTransformer",
@@ -31,6 +33,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "ACDiTClassifier": "acdit.classifiers",
     "ACDiTPipeline": "acdit.pipelines",
     "ACDiTTextPipeline": "acdit.pipelines_text",
     "ACDiTTransformer": "acdit.model",

@@ -24,6 +24,7 @@ from acdit.errors import ConfigError
 from acdit.recipe_fields import (
     CHOICES,
     RANGES,
+    ClassificationRecipe,
     CodecRecipe,
     CorruptionRecipe,
     DataRecipe,
@@ -37,9 +38,9 @@ from acdit.recipe_fields import (
 from acdit.strict_yaml import read_yaml
 
 __all__ = [
-    "CHOICES", "RANGES", "CodecRecipe", "CorruptionRecipe", "DataRecipe", "EMARecipe", "ModelRecipe", "OptimRecipe",
-    "Recipe", "SamplingRecipe", "TrainRecipe", "difference", "differing", "flatten", "load_recipe", "recipe_from_dict",
-    "recipe_to_dict", "recipe_to_json", "recipe_to_yaml", "shipped_recipes",
+    "CHOICES", "RANGES", "ClassificationRecipe", "CodecRecipe", "CorruptionRecipe", "DataRecipe", "EMARecipe",
+    "ModelRecipe", "OptimRecipe", "Recipe", "SamplingRecipe", "TrainRecipe", "difference", "differing", "flatten",
+    "load_recipe", "recipe_from_dict", "recipe_to_dict", "recipe_to_json", "recipe_to_yaml", "shipped_recipes",
 ]  # fmt: skip
 
 # --- from data to dataclasses and back ---------------------------------------------------------------------------
@@ -150,12 +151,13 @@ def flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def _check(recipe: Recipe) -> None:
     values = flatten(recipe_to_dict(recipe))
     for path, known in CHOICES.items():
-        if values[path] is not None and values[path] not in known:
+        if values.get(path) is not None and values[path] not in known:
             raise ConfigError(
                 path, found=repr(values[path]), expected=f"one of {known}", fix=_nearest(str(values[path]), known)
             )
     for path, (low, high) in RANGES.items():
-        items = values[path] if isinstance(values[path], list) else [values[path]]
+        value = values.get(path)  # of a group that is left out nothing is there
+        items = value if isinstance(value, list) else [value]
         for item in items:
             if item is not None and not low <= item < high:
                 raise ConfigError(
@@ -174,6 +176,8 @@ def _check(recipe: Recipe) -> None:
     if own and (recipe.corruption.context_noise or recipe.train.parallel == "fsdp2"):
         other = "corruption.context_noise" if recipe.corruption.context_noise else "train.parallel=fsdp2"
         raise ConfigError("corruption.self_context", found=f"{own:g} with {other}", expected="one of the two")
+    if recipe.classification is not None:
+        _check_classification(recipe, recipe.classification)
     if not recipe.ema.decays:
         raise ConfigError("ema.decays", found="an empty list", expected="at least one decay; the first is published")
     if (recipe.train.steps is None) == (recipe.train.epochs is None):
@@ -188,6 +192,41 @@ def _check(recipe: Recipe) -> None:
     missing = [f"model.{name}" for name in sizes if getattr(recipe.model, name) is None]
     if recipe.model.preset is None and missing:
         raise ConfigError(", ".join(missing), found="nothing", expected="a size", fix="give them, or model.preset")
+
+
+def _check_classification(recipe: Recipe, head: ClassificationRecipe) -> None:
+    if not head.layers:
+        raise ConfigError("classification.layers", found="an empty list", expected="at least one layer")
+    if head.tune == "head":
+        for name in ("bidirectional", "layer_decay"):
+            usual = getattr(ClassificationRecipe(), name)
+            if getattr(head, name) != usual:
+                raise ConfigError(
+                    f"classification.{name}", found=f"{getattr(head, name)!r} with classification.tune=head",
+                    expected=f"{usual!r}: the model does not learn", fix="set classification.tune=all",
+                )  # fmt: skip
+    if head.bidirectional and head.noise_timestep is not None:
+        raise ConfigError(
+            "classification.bidirectional", found="true with classification.noise_timestep",
+            expected="one of the two: a noisy block sees the clean ones before it",
+        )  # fmt: skip
+    if head.noise_timestep is not None and head.noise_timestep >= recipe.corruption.num_train_timesteps:
+        raise ConfigError(
+            "classification.noise_timestep", found=f"{head.noise_timestep:g}",
+            expected=f"below corruption.num_train_timesteps {recipe.corruption.num_train_timesteps}",
+        )  # fmt: skip
+    if head.mixup and recipe.optim.batch_size // recipe.optim.accumulation % 2:
+        raise ConfigError(
+            "classification.mixup", found=f"{head.mixup:g} with micro-batches of an odd number of samples",
+            expected="an even number: neighbours are mixed", fix="change optim.batch_size or optim.accumulation",
+        )  # fmt: skip
+    if recipe.train.sample_every is not None and head.validation_split is None:
+        raise ConfigError(
+            "train.sample_every", found=f"{recipe.train.sample_every} without classification.validation_split",
+            expected="a split to measure on", fix="set it, or train.sample_every=null",
+        )  # fmt: skip
+    if recipe.train.parallel == "fsdp2":
+        raise ConfigError("train.parallel", found="'fsdp2' with classification", expected="'ddp'")
 
 
 # --- loading -----------------------------------------------------------------------------------------------------

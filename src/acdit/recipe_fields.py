@@ -206,8 +206,35 @@ class SamplingRecipe:
 
 
 @dataclass
+class ClassificationRecipe:
+    """A classification head on the features of a trained model (`acdit finetune`); see `docs/understanding.md`.
+
+    `tune` is what learns: "head" (a probe: the model is frozen) or "all". `pooling` is what becomes of the tokens:
+    their "mean", the means of "blocks" side by side, or an "attentive" average with a learned query of `heads` heads.
+    `layers` whose outputs are read, 0 …
+    or from the end −1 …; several stand side by side. `bidirectional`: every block sees every block (tune=all).
+    `noise_timestep`: features come from the noisy stream at this timestep instead, as DiT has no other; None: clean.
+
+    `layer_decay`: each layer below the head learns at this share of the rate of the one above (tune=all). `mixup`: the
+    parameter of the Beta distribution of the shares in which neighbours of a batch are mixed; 0: none.
+    `validation_split`: the split that train.sample_every measures on.
+    """
+
+    tune: str = "head"
+    pooling: str = "mean"
+    heads: int = 4
+    layers: list[int] = field(default_factory=lambda: [-1])
+    bidirectional: bool = False
+    noise_timestep: float | None = None
+    layer_decay: float = 1.0
+    mixup: float = 0.0
+    label_smoothing: float = 0.0
+    validation_split: str | None = None
+
+
+@dataclass
 class Recipe:
-    """Everything that defines a run."""
+    """Everything that defines a run. With `classification` it is one of `acdit finetune`."""
 
     name: str
     model: ModelRecipe
@@ -218,6 +245,7 @@ class Recipe:
     ema: EMARecipe = field(default_factory=EMARecipe)
     train: TrainRecipe = field(default_factory=TrainRecipe)
     sampling: SamplingRecipe = field(default_factory=SamplingRecipe)
+    classification: ClassificationRecipe | None = None
     seed: int = 0
 
 
@@ -245,6 +273,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "train.precision": ("fp32", "bf16", "fp64"),
     "train.gradient_checkpointing": ("none", "elementwise", "layers"),
     "train.parallel": ("ddp", "fsdp2"),
+    "classification.tune": ("head", "all"),
+    "classification.pooling": ("mean", "blocks", "attentive"),
 }  # fmt: skip
 # Inclusive lower bound and exclusive upper bound of numbers; lists are checked value by value.
 RANGES: dict[str, tuple[float, float]] = {
@@ -274,4 +304,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "train.threads": (1, 4096), "train.timeout_seconds": (1, 2**31),
     "sampling.num_inference_steps": (1, 10_000), "sampling.guidance_scale": (0, math.inf),
     "sampling.labels": (0, 2**31),
+    "classification.heads": (1, 2**16), "classification.layers": (-(2**31), 2**31),
+    "classification.noise_timestep": (0, 2**31), "classification.layer_decay": (1e-12, 1 + 1e-12),
+    "classification.mixup": (0, 1e6), "classification.label_smoothing": (0, 1),
 }  # fmt: skip

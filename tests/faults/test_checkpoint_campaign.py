@@ -273,6 +273,7 @@ OTHER: dict[str, Any] = {
     "train.checkpoint_every": 3, "train.keep_checkpoints": 2, "train.log_every": 1, "train.sample_every": 3,
     "train.tensorboard": True, "train.threads": 2,
     "sampling.num_inference_steps": 5, "sampling.guidance_scale": 2.0, "sampling.labels": [1],
+    "classification": {"tune": "all"},
 }  # fmt: skip
 """Another value of every field; most are allowed by the recipe, some do not fit the data and are refused by them."""
 

@@ -28,7 +28,9 @@ FID = {"imagenet256-l": "2.53", "imagenet256-xl": "2.45", "imagenet256-h": "2.37
 LARGE = [name for name in shipped_recipes() if name.startswith("imagenet")]
 VIDEO = ["ucf101-xl", "ucf101-h"]
 OPENWEBTEXT = [f"openwebtext-{kind}" for kind in ("4", "8", "16", "128", "256", "mdlm", "ar", "8-rope10000")]
+FINETUNE = ["finetune-digits", "finetune-mnist", "finetune-imagenet256-xl"]
 VOCABULARY = {"characters": 65, "gpt2": 50_257}
+EIGHT_GPUS = [*LARGE, *VIDEO, *OPENWEBTEXT, "finetune-imagenet256-xl"]
 PERPLEXITY = {"8": "21.59", "128": "22.82", "256": "22.98"}
 """The paper's Table 4."""
 
@@ -62,6 +64,7 @@ def test_the_papers_runs_baselines_and_ablations_are_all_there() -> None:
         "tinyshakespeare",
         "wikitext2",
         *OPENWEBTEXT,
+        *FINETUNE,
     }
 
 
@@ -75,11 +78,32 @@ def test_a_recipe_is_read_whole_and_its_head_starts_it(name: str) -> None:
     if name == "digits":
         assert command == ["acdit", "demo"]
         return
-    launcher = "torchrun --nproc-per-node 8 -m acdit.cli" if name in (*LARGE, *VIDEO, *OPENWEBTEXT) else "acdit"
+    launcher = "torchrun --nproc-per-node 8 -m acdit.cli" if name in EIGHT_GPUS else "acdit"
     assert command[: len(launcher.split())] == launcher.split()
     verb, started, *rest = command[len(launcher.split()) :]
-    assert (verb, started, rest[-2:]) == ("train", name, ["--output", f"runs/{name}"])
-    load_recipe(name, [word for word in rest if "=" in word])
+    tuned = name in FINETUNE
+    assert (verb, started, rest[-2:]) == ("finetune" if tuned else "train", name, ["--output", f"runs/{name}"])
+    assert (recipe.classification is not None) == tuned == any(word.startswith("model=") for word in rest)
+    load_recipe(name, [word for word in rest if "=" in word and not word.startswith("model=")])
+
+
+@pytest.mark.parametrize("name", FINETUNE)
+def test_a_finetuning_recipe_starts_from_the_model_it_names(name: str) -> None:
+    """Its model section is that of the recipe whose model its head hands over."""
+    recipe = load_recipe(name)
+    base = load_recipe({"finetune-digits": "digits"}.get(name, name.removeprefix("finetune-")))
+    assert recipe.model == base.model
+    assert recipe.corruption.prediction_type == base.corruption.prediction_type
+    require_used(recipe.data)
+    assert recipe.classification is not None
+    assert recipe.classification.tune == "all"
+
+
+def test_the_papers_finetuning_says_what_is_the_papers_and_what_is_ours() -> None:
+    recipe, head = load_recipe("finetune-imagenet256-xl"), head_of("finetune-imagenet256-xl")
+    assert (recipe.train.epochs, recipe.data.kind) == (100, "latents")
+    assert "other setting of the optimizer, the averages and the head is ours" in head
+    assert "top-1 84.0 (DiT-XL 82.8)" in head
 
 
 @pytest.mark.parametrize("name", LARGE)

@@ -10,7 +10,21 @@ import sys
 from collections.abc import Sequence
 
 from acdit.allocator import keep_freed_memory
-from acdit.cli import analyze, consolidate, convert, data, demo, encode, evaluate, plan, recipes, sample, train
+from acdit.cli import (
+    analyze,
+    classify,
+    consolidate,
+    convert,
+    data,
+    demo,
+    encode,
+    evaluate,
+    finetune,
+    plan,
+    recipes,
+    sample,
+    train,
+)
 from acdit.cli.parser import EXIT_CODES, adder, version
 
 # What the system says when a place cannot be written or read: the user's disk, not our bug.
@@ -108,6 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"acdit {version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for module in (train, data, encode, plan, sample, evaluate, analyze, consolidate, convert, demo, recipes):
+    making, using = (train, finetune, data, encode, plan), (sample, evaluate, classify, analyze)
+    for module in (*making, *using, consolidate, convert, demo, recipes):
         module.add(adder(commands))
     return parser

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from acdit.cli.clips import add_clip_options, asked_cut, require_samples_of
+from acdit.cli.evaluate_classifier import evaluate_classifier
 from acdit.cli.evaluate_text import add_text_options, evaluate_text, require_no_text_options
 from acdit.cli.generated_text import evaluate_generated
 from acdit.cli.models import add_sampling_options, asked_labels, averaging_of, is_text_model, load_pipeline
@@ -36,7 +37,7 @@ def add(command: AddCommand) -> None:
     made = command(
         "evaluate", _evaluate,
         "FID, sFID, Inception Score, precision and recall of pictures, or of a model's samples; FVD and distances over "
-        "time of clips (--frames, or --extractor i3d); the perplexity of a model of text.",
+        "time of clips (--frames, or --extractor i3d); the perplexity of a model of text; a classifier's accuracy.",
         "acdit evaluate samples.npz --reference VIRTUAL_imagenet256_labeled.npz --extractor inception "
         "--weights inception-2015-12-05.pt --output metrics.json\n"
         "  acdit evaluate runs/demo/model --reference digits:held_out --extractor digits-classifier --num-samples 500\n"
@@ -44,6 +45,7 @@ def add(command: AddCommand) -> None:
         "  acdit evaluate clips/ --reference real_clips/ --extractor i3d --weights i3d_torchscript.pt --frames 16\n"
         "  acdit evaluate runs/text/model data.split=held_out --draws 16\n"
         "  acdit evaluate texts/ --language-model gpt2-large/\n"
+        "  acdit evaluate runs/finetune-mnist/model --classification data.split=test\n"
         "  acdit evaluate --self-test",
     )  # fmt: skip
     made.add_argument(
@@ -54,7 +56,7 @@ def add(command: AddCommand) -> None:
     made.add_argument(
         "--reference", "--data", metavar="REF",
         help="folder or zip of pictures, digits:train, digits:held_out, or ADM's .npz (arr_0, or mu, sigma, …); clips "
-        "as in SAMPLES; for a model of text: a recipe",
+        "as in SAMPLES; for a model of text, or a classifier: a recipe",
     )  # fmt: skip
     made.add_argument(
         "--extractor", help="inception, classifier, digits-classifier, pixels, i3d (of clips), or module:factory"
@@ -79,6 +81,11 @@ def add(command: AddCommand) -> None:
         help="of a model: guidance_scale=1.0,1.5 or num_inference_steps=10,25; twice, or over several models: a grid; "
         "draws a plot as well",
     )  # fmt: skip
+    made.add_argument(
+        "--classification", action="store_true",
+        help="top-1 and top-5 accuracy of a model that acdit finetune left; behind it data.key=value (default: the "
+        "run's own data, on its validation split)",
+    )  # fmt: skip
     made.add_argument("--self-test", action="store_true", help="is the evaluation sane? On the built-in digits")
     add_sampling_options(made)
     add_text_options(made)
@@ -91,6 +98,9 @@ def _evaluate(options: argparse.Namespace) -> None:
     from acdit.evaluation.sweep import parse_axes, require_matplotlib
     from acdit.processes import joined_processes
 
+    if options.classification:
+        evaluate_classifier(options)
+        return
     if options.language_model is not None:
         evaluate_generated(options)
         return

@@ -57,7 +57,7 @@ def load_pipeline(options: argparse.Namespace, device: Any = None) -> Any:
     folder = Path(options.model)
     _require_whole(folder, options.model)
     dtype = getattr(torch, _DTYPES[options.dtype])
-    chosen = _device(device or options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    chosen = chosen_device(device or options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     try:
         pipeline = ACDiTPipeline.from_pretrained(options.model)
     except (OSError, ValueError) as error:
@@ -125,7 +125,7 @@ def load_text_pipeline(options: argparse.Namespace, device: Any = None) -> Any:
             raise ConfigError(f"--{name.replace('_', '-')}", found="a model of text", expected="a model of pictures")
     folder = Path(options.model)
     _require_whole(folder, options.model)
-    chosen = _device(device or options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    chosen = chosen_device(device or options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     try:
         pipeline = ACDiTTextPipeline.from_pretrained(options.model)
     except (OSError, ValueError) as error:
@@ -152,7 +152,12 @@ def _require_whole(folder: Path, named: str) -> None:
         storage.verify(folder)
 
 
-def _device(wanted: Any) -> Any:
+def chosen_device(wanted: Any) -> Any:
+    """A torch device that is there.
+
+    Raises:
+        ConfigError: it is not.
+    """
     import torch
 
     from acdit.errors import ConfigError, first_line

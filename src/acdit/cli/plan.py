@@ -64,6 +64,13 @@ def _plan(options: argparse.Namespace) -> None:
     from acdit.recipe import load_recipe
 
     recipe = load_recipe(options.recipe, options.overrides)
+    if recipe.classification is not None:
+        from acdit.errors import ConfigError
+
+        raise ConfigError(
+            "classification", found="a recipe that trains a classifier", expected="one that trains a model: only its "
+            "costs are known",
+        )  # fmt: skip
     micro_batch = _micro_batch(recipe, options.devices)
     if recipe.corruption.kind == "masking" and recipe.model.vocab_size is None:
         from acdit.errors import ConfigError

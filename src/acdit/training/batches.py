@@ -105,8 +105,8 @@ class Batches:
         self.bad_files = BadFiles(built.recipe.data.max_bad_files, *known)
         """What all loader workers of all processes have met, up to the step that was handed out last."""
 
-    def __iter__(self) -> Iterator[list[Batch]]:
-        """One list of micro-batches per step, for ever."""
+    def __iter__(self) -> Iterator[list[Any]]:
+        """One list of micro-batches (`Batch`) per step, for ever."""
         if isinstance(self.built.dataset, StreamDataset):
             loaded = self._from_stream(self.built.dataset)
         elif self._in_memory:
@@ -188,17 +188,22 @@ class Batches:
             raise error
         return [(part.pictures, part.labels) for part in parts]
 
-    def _batch(self, step: int, positions: range, pictures: Tensor, labels: Tensor) -> Batch:
+    def _clean(self, pictures: Tensor, key: dict[str, Any]) -> Tensor:
+        """Flipped, encoded and cut into blocks: (B, N, L, D)."""
+        built = self.built
+        if built.recipe.data.flip and not isinstance(built.codec, TokenIdsCodec):
+            flipped = draws.uniform((), stream="flip", **key) < 0.5
+            pictures = built.codec.flip(pictures, flipped)
+        shape = built.codec.noise_shape(built.dataset.shape)
+        posterior = None if shape is None else draws.normal(shape, stream="posterior", **key)
+        return built.model.layout.to_blocks(built.codec.encode(pictures, posterior))
+
+    def _batch(self, step: int, positions: range, pictures: Tensor, labels: Tensor) -> Any:
         built, recipe = self.built, self.built.recipe
         layout, copies = built.model.layout, recipe.corruption.copies
         key: dict[str, Any] = {"seed": recipe.seed, "step": step, "samples": positions}
-        if recipe.data.flip and not isinstance(built.codec, TokenIdsCodec):
-            flipped = draws.uniform((), stream="flip", **key) < 0.5
-            pictures = built.codec.flip(pictures, flipped)
         dtype = built.model.x_embedder.weight.dtype
-        shape = built.codec.noise_shape(built.dataset.shape)
-        posterior = None if shape is None else draws.normal(shape, stream="posterior", **key)
-        clean = layout.to_blocks(built.codec.encode(pictures, posterior))
+        clean = self._clean(pictures, key)
         if isinstance(built.corruption, MaskingCorruption):
             noise = draws.uniform(tuple(clean.shape[1:]), stream="noise", copies=copies, **key)
         else:

@@ -216,7 +216,7 @@ def _check_data(
             expected=f"{channels}, as the {what} have",
         )
     _check_sampling(recipe)
-    classes = recipe.model.num_classes
+    classes = recipe.model.num_classes if recipe.classification is None else dataset.num_classes
     if classes is None:
         return
     if dataset.num_classes != classes:

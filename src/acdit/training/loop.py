@@ -17,7 +17,7 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from acdit import storage
 from acdit.corruption import MaskingCorruption
@@ -26,8 +26,8 @@ from acdit.data.stream import StreamDataset
 from acdit.errors import ConfigError, NonFiniteError, StorageError
 from acdit.recipe import Recipe, recipe_from_dict, recipe_to_yaml
 from acdit.training import checkpoints, history
-from acdit.training.batches import Batch, Batches
-from acdit.training.build import Built, Pipeline, build, load_pipeline, parameter_groups
+from acdit.training.batches import Batches
+from acdit.training.build import Built, build, load_pipeline, parameter_groups
 from acdit.training.checkpoints import RunState
 from acdit.training.consolidate import empty_model, publish
 from acdit.training.ema import EMAWeights
@@ -79,15 +79,13 @@ class Trainer:
             torch.set_num_threads(recipe.train.threads)
         self.evaluate, self.progress = evaluate, progress
         self.parallel = Parallel(recipe)
-        self.built: Built = build(recipe)
+        self.built: Built = self._build(recipe)
         recipe = self.built.recipe
         self.recipe, self.run = recipe, Path(output_dir)
         self._require_even_batches()
-        if recipe.train.init_from is not None and resume is None and branch_from is None:
-            initialise(self.built.model, recipe.train.init_from, self.built.tokenizer)
-        model = self.parallel.place(self.built.model)
+        model = self._model(begins=resume is None and branch_from is None)
         optimizer = torch.optim.AdamW(
-            parameter_groups(model, recipe.optim.weight_decay),
+            self._groups(model),
             lr=recipe.optim.lr,
             betas=(recipe.optim.betas[0], recipe.optim.betas[1]),
             eps=recipe.optim.eps,
@@ -105,11 +103,11 @@ class Trainer:
             self._restore(source, branch=branch_from is not None, allow_inexact=allow_inexact)
         self._interrupted: int | None = None
 
-    def train(self) -> Pipeline:
+    def train(self) -> Any:
         """Run to the end.
 
         Returns:
-            The pipeline around the averaged weights, as published in model/.
+            The pipeline around the averaged weights, as published in model/ (a `Pipeline`).
 
         Raises:
             NonFiniteError: loss or gradient is NaN or infinite; the update was not made and nothing was published.
@@ -121,7 +119,38 @@ class Trainer:
             stack.enter_context(self._signals())
             self._loop()
             self.parallel.processes.wait_for_all()
-            return load_pipeline(self.recipe, self.run / "model")
+            return self._published()
+
+    # --- what is trained; a run that trains something else has its own ------------------------------------------------
+
+    def _build(self, recipe: Recipe) -> Built:
+        if recipe.classification is not None:
+            raise ConfigError(
+                "classification", found="a recipe that trains a classifier", expected="one that trains a model",
+                fix="acdit finetune",
+            )  # fmt: skip
+        return build(recipe)
+
+    def _model(self, begins: bool) -> nn.Module:
+        """What learns, in its place; of a run that begins with its first weights."""
+        if self.recipe.train.init_from is not None and begins:
+            initialise(self.built.model, self.recipe.train.init_from, self.built.tokenizer)
+        return self.parallel.place(self.built.model)
+
+    def _groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """AdamW's groups of parameters."""
+        return parameter_groups(model, self.recipe.optim.weight_decay)
+
+    def _batches(self) -> Batches:
+        return Batches(self.built, self.parallel.rank, self.parallel.world_size, self.state.step, self.parallel.device)
+
+    def _publish(self, checkpoint: Path) -> None:
+        publish(checkpoint, self.run / "model", self.built.vae, self.built.tokenizer)
+
+    def _published(self) -> Any:
+        return load_pipeline(self.recipe, self.run / "model")
+
+    # --- the loop -----------------------------------------------------------------------------------------------------
 
     def _open(self, stack: contextlib.ExitStack) -> None:
         """The run's directory, held until the stack is closed."""
@@ -135,7 +164,7 @@ class Trainer:
         parallel = self.parallel
         model = parallel.wrap(state.model)
         model.train()
-        batches = iter(Batches(self.built, parallel.rank, parallel.world_size, state.step, parallel.device))
+        batches = iter(self._batches())
         report = Report(self.run, recipe, state.step, total, active=parallel.main, progress=self.progress)
         saved_at = -1
         try:
@@ -168,7 +197,7 @@ class Trainer:
         finally:
             report.close()
 
-    def _step(self, model: Any, batches: list[Batch]) -> tuple[float, float]:
+    def _step(self, model: Any, batches: list[Any]) -> tuple[float, float]:
         """One optimizer step; (mean loss of this process's samples, gradient norm)."""
         state, parallel = self.state, self.parallel
         # The sum over micro-batches and processes is the gradient of the global batch's mean loss.
@@ -194,7 +223,7 @@ class Trainer:
         state.step += 1
         return float(total), norm
 
-    def _loss(self, model: Any, batch: Batch) -> Tensor:
+    def _loss(self, model: Any, batch: Any) -> Tensor:
         corruption = self.built.corruption
         clean = batch.clean[:, None]
         noisy = corruption.corrupt(clean, batch.noise, batch.timestep)
@@ -229,9 +258,7 @@ class Trainer:
         self.state.loss_sum = self.parallel.processes.mean(self.state.loss_sum)
         place = self._place_in_data()
         checkpoint = checkpoints.save(self.state, self.recipe, self.run, self.built, self.parallel, place)
-        self.parallel.processes.by_first(
-            lambda: publish(checkpoint, self.run / "model", self.built.vae, self.built.tokenizer)
-        )
+        self.parallel.processes.by_first(lambda: self._publish(checkpoint))
 
     def _place_in_data(self) -> dict[str, Any]:
         dataset = self.built.dataset

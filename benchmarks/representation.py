@@ -1,0 +1,233 @@
+"""What a generative model's features are worth, on MNIST: probes on frozen ones, DiT's beside them, and fine-tuning.
+
+    python benchmarks/representation.py PATH_OF_THE_IDX_FILES          # the same command goes on after a kill
+
+Two models of the recipe mnist are trained: ACDiT with its four blocks, and with one block, which is a plain diffusion
+transformer of the same size (DiT). Each gets a linear probe on its frozen features: ACDiT's are those of its clean
+stream, DiT's those of its noisy stream at a few noise levels, for it has no other; tokens are averaged over the whole
+picture, or over each quarter (the blocks of ACDiT, the same places of DiT). Then all of ACDiT is fine-tuned
+(recipe finetune-mnist). All measure on the test set; which layers, average and noise level count is chosen on the last
+5,000 training pictures, which no probe of the choice has seen.
+
+Everything lies in runs/representation, figures go to docs/results/representation.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from acdit import draws, provenance, storage
+from acdit.classifiers import ACDiTClassifier, corruption_of
+from acdit.data.build import build_dataset
+from acdit.evaluation.classification import measure_accuracy, wilson_interval
+from acdit.heads import ClassificationHead, Classifier
+from acdit.layout import BlockLayout
+from acdit.model_folder import overrides_from
+from acdit.pipelines import ACDiTPipeline
+from acdit.recipe import load_recipe
+from acdit.training import Trainer
+from acdit.training.finetune import ClassifierTrainer
+from acdit.training.history import committed_checkpoints
+
+RESULTS = Path(__file__).parent.parent / "docs" / "results"
+NOISE_LEVELS = (0, 50, 150)
+HELD_BACK = 5000
+AT_ONCE = 200
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, help="folder of MNIST's four idx files")
+    parser.add_argument("overrides", nargs="*", help="of the generative recipe, such as train.steps=100")
+    parser.add_argument("--tuning", nargs="*", default=[], metavar="KEY=V", help="overrides of finetune-mnist")
+    parser.add_argument("--model", type=Path, help="a trained model of the recipe mnist (default: trained here)")
+    parser.add_argument("--dit-model", type=Path, help="the same of one block (default: trained here)")
+    parser.add_argument("--pictures", type=int, default=60_000, help="training pictures the probes see (default all)")
+    parser.add_argument("--probe-steps", type=int, default=3000)
+    parser.add_argument("--output", type=Path, default=Path("runs/representation"))
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    acdit = options.model or generative("acdit", options)
+    dit = options.dit_model or generative("dit", options, "model.block=[14,14]")
+    probes = {"acdit": probe("acdit", acdit, None, options)}
+    probes |= {f"dit at {level}": probe(f"dit-{level}", dit, float(level), options) for level in NOISE_LEVELS}
+    best_dit = max((name for name in probes if name.startswith("dit")), key=lambda name: probes[name]["chosen_on"])
+    tuned = finetuned(acdit, options)
+    figures = {
+        "probe_accuracy": probes["acdit"]["accuracy"],
+        "dit_probe_accuracy": probes[best_dit]["accuracy"],
+        "dit_noise_timestep": int(best_dit.split()[-1]),
+        "finetune_accuracy": tuned["top1"],
+        "finetune": tuned,
+        "probes": probes,
+        "probe_pictures": options.pictures, "probe_steps": options.probe_steps,
+        "seeds": [options.seed], "overrides": options.overrides, "tuning": options.tuning,
+        "command": provenance.command_line(), "commit": provenance.commit(), "machine": provenance.machine(),
+        "versions": provenance.versions(),
+    }  # fmt: skip
+    options.results.mkdir(parents=True, exist_ok=True)
+    storage.write_json_atomic(options.results / "representation.json", figures)
+    print(json.dumps({name: figures[name] for name in figures if name.endswith("accuracy")}))
+    print(f"see {options.results / 'representation.json'}")
+
+
+def generative(name: str, options: argparse.Namespace, *more: str) -> Path:
+    """A model of the recipe mnist, trained or gone on with."""
+    folder: Path = options.output / name
+    if not (folder / "seconds.json").is_file():
+        settings = [f"data.root={options.data}", "train.sample_every=null", f"seed={options.seed}"]
+        recipe = load_recipe("mnist", [*settings, *options.overrides, *more])
+        started = time.perf_counter()
+        Trainer(recipe, folder, resume="latest" if committed_checkpoints(folder) else None).train()
+        storage.write_json_atomic(folder / "seconds.json", round(time.perf_counter() - started, 1))
+    return folder / "model"
+
+
+def probe(name: str, model: Path, level: float | None, options: argparse.Namespace) -> dict[str, Any]:
+    """A linear probe on mean features of the layers that do best on what is held back; tested once."""
+    kept = options.output / f"probe-{name}.json"
+    sha256 = provenance.weights_sha256(ACDiTPipeline.from_pretrained(model).transformer)
+    settings = {"model": sha256, "pictures": options.pictures, "steps": options.probe_steps, "seed": options.seed}
+    if kept.is_file():
+        held = json.loads(kept.read_text(encoding="utf-8"))
+        if held["settings"] == settings:
+            return dict(held)
+    train = features(name, model, level, "train", sha256, options)
+    test = features(name, model, level, "test", sha256, options)
+    count = len(train["labels"])
+    shown = count - min(HELD_BACK, count // 5)
+    num_layers = len(train) - 1
+    sets = [[layer] for layer in range(num_layers)] + [list(range(num_layers))]
+    choices = [(layers, whole) for whole in (True, False) for layers in sets]
+
+    def accuracy(choice: tuple[list[int], bool], seen: int, judged: dict[str, Tensor], start: int = 0) -> float:
+        inputs, labels = joined(train, *choice)[:seen], train["labels"][:seen]
+        return right(fit(inputs, labels, options), joined(judged, *choice)[start:], judged["labels"][start:])
+
+    held_back = {named(choice): accuracy(choice, shown, train, shown) for choice in choices}
+    best = max(choices, key=lambda one: held_back[named(one)])
+    of_whole = max((one for one in choices if one[1]), key=lambda one: held_back[named(one)])
+    found = accuracy(best, count, test)
+    total = len(test["labels"])
+    result = {
+        "accuracy": found, "interval": list(wilson_interval(round(found * total), total)), "chosen": named(best),
+        "whole_picture_accuracy": accuracy(of_whole, count, test), "chosen_on": held_back[named(best)],
+        "held_back_accuracy": held_back, "settings": settings,
+    }  # fmt: skip
+    storage.write_json_atomic(kept, result)
+    print(f"probe {name}: {found:.4f} ({named(best)})")
+    return result
+
+
+def named(choice: tuple[list[int], bool]) -> str:
+    """How the result names layers and average."""
+    layers, whole = choice
+    return f"layers {', '.join(map(str, layers))}, {'mean' if whole else 'means of quarters'}"
+
+
+def joined(features_of: dict[str, Tensor], layers: list[int], whole: bool) -> Tensor:
+    """(M, F): features of some layers side by side, of the whole picture or of its quarters."""
+    parts = [features_of[f"layer-{layer}"] for layer in layers]
+    return torch.cat([part.mean(2) if whole else part.flatten(1) for part in parts], dim=1)
+
+
+def quarters(tokens: Tensor, layout: BlockLayout) -> Tensor:
+    """(B, N, L, W) → (B, W, 4): means over the quarters of the picture, whatever its blocks."""
+    grid = BlockLayout(layout.token_grid, layout.block).from_blocks(tokens)
+    return F.adaptive_avg_pool2d(grid, 2).flatten(2)
+
+
+def fit(inputs: Tensor, labels: Tensor, options: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A linear classifier of standardised features: AdamW, cosine. (mean, std, weight, bias)."""
+    mean, std = inputs.mean(0), inputs.std(0).clamp(min=1e-6)
+    weight = torch.zeros(10, inputs.shape[1], requires_grad=True)
+    bias = torch.zeros(10, requires_grad=True)
+    optimizer = torch.optim.AdamW([weight, bias], lr=1e-2, weight_decay=1e-4)
+    lr_scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.probe_steps)
+    standardised = (inputs - mean) / std
+    for step in range(options.probe_steps):
+        rows = draws.keyed_generator(options.seed, "probe", step).integers(0, len(labels), 512)
+        loss = F.cross_entropy(F.linear(standardised[rows], weight, bias), labels[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        lr_scheduler.step()
+    return mean, std, weight.detach(), bias.detach()
+
+
+def right(linear: tuple[Tensor, Tensor, Tensor, Tensor], inputs: Tensor, labels: Tensor) -> float:
+    """Share of the inputs whose class it says."""
+    mean, std, weight, bias = linear
+    return float((F.linear((inputs - mean) / std, weight, bias).argmax(1) == labels).double().mean())
+
+
+@torch.no_grad()
+def features(
+    name: str, model: Path, level: float | None, split: str, sha256: str, options: argparse.Namespace
+) -> dict[str, Tensor]:
+    """(M, W, 4) of every layer, and the labels, of a split; in parts that are kept."""
+    recipe = load_recipe("finetune-mnist", [f"data.root={options.data}"])
+    dataset: Any = build_dataset(dataclasses.replace(recipe.data, split=split))
+    total = min(len(dataset), options.pictures)
+    folder = options.output / "features" / f"{name}-{split}-{sha256[:16]}-{options.seed}"
+    pipeline = ACDiTPipeline.from_pretrained(model)
+    num_layers = len(pipeline.transformer.layers)
+    width = pipeline.transformer.config.num_attention_heads * pipeline.transformer.config.attention_head_dim
+    head = ClassificationHead(width=width, num_classes=10, layers=list(range(num_layers)), noise_timestep=level)
+    classifier = ACDiTClassifier(Classifier(pipeline.transformer, head, corruption_of(pipeline.scheduler)), pipeline)
+    parts = []
+    for start in range(0, total, 5000):
+        stop = min(start + 5000, total)
+        kept = folder / f"{start:06d}-{stop:06d}.safetensors"
+        if not kept.is_file():
+            found = []
+            for first in range(start, stop, AT_ONCE):
+                indices = range(first, min(first + AT_ONCE, stop))
+                blocks = classifier.blocks(torch.stack([dataset[index][0] for index in indices]))
+                noise = None
+                if level is not None:
+                    key = {"seed": options.seed, "stream": f"feature noise {split}", "step": 0}
+                    noise = draws.normal(tuple(blocks.shape[1:]), samples=indices, **key)
+                layout = pipeline.transformer.layout
+                found.append([quarters(layer, layout) for layer in classifier.classifier.features(blocks, noise)])
+            tensors = {f"layer-{layer}": torch.cat([part[layer] for part in found]) for layer in range(num_layers)}
+            tensors["labels"] = torch.tensor([dataset[index][1] for index in range(start, stop)])
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            with storage.atomic_file(kept) as temporary:
+                save_file(tensors, temporary)
+            print(f"features {name} {split}: {stop} of {total}", flush=True)
+        parts.append(load_file(kept))
+    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+
+
+def finetuned(model: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """All of the model fine-tuned, or gone on with; accuracy on the test set, and the seconds that training took."""
+    folder: Path = options.output / "finetune"
+    settings = [f"data.root={options.data}", f"seed={options.seed}", *options.tuning]
+    recipe = load_recipe("finetune-mnist", [*overrides_from(model), *settings])
+    seconds = folder / "seconds.json"
+    if not seconds.is_file():
+        resume = "latest" if committed_checkpoints(folder) else None
+        started = time.perf_counter()
+        ClassifierTrainer(recipe, folder, resume=resume).train()
+        storage.write_json_atomic(
+            seconds, {"seconds": round(time.perf_counter() - started, 1), "resumed": bool(resume)}
+        )
+    dataset = build_dataset(dataclasses.replace(recipe.data, split="test"))
+    found = measure_accuracy(ACDiTClassifier.from_pretrained(folder / "model"), dataset, batch_size=AT_ONCE)
+    return {**found, **json.loads(seconds.read_text(encoding="utf-8"))}
+
+
+if __name__ == "__main__":
+    main()
