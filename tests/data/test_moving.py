@@ -10,20 +10,11 @@ import pytest
 import torch
 
 from acdit.data.digits import DigitsDataset
-from acdit.data.moving import BUILT_IN_SPEED, MovingDigitsDataset, moving_digits, moving_idx
+from acdit.data.moving import BUILT_IN_SPEED, SPEED, MovingDigitsDataset, moving_digits, moving_idx
 from acdit.errors import ConfigError, DataError
 from tests.data.test_idx import idx, write
 
 TRAIN = moving_digits()
-
-
-def smooth() -> MovingDigitsDataset:
-    """The built-in digits between pixels too."""
-    still = DigitsDataset()
-    return MovingDigitsDataset(
-        still.images[:, 0].numpy(), still.labels.numpy(), still.class_names,
-        stream="smooth", length=200, size=16, speed=BUILT_IN_SPEED,
-    )  # fmt: skip
 
 
 def measured_centroids(clip: torch.Tensor) -> np.ndarray:
@@ -61,16 +52,14 @@ def test_the_splits_share_no_digit() -> None:
         assert {bytes(data._images[data.motion(index).digits[0]]) for index in range(100)} <= pictures
 
 
-@pytest.mark.parametrize(("make", "rounding"), [(moving_digits, 1e-9), (smooth, 0.05)])
-def test_the_rendered_digit_is_where_its_track_says(make: Any, rounding: float) -> None:
-    data = make()
+def test_the_rendered_digit_is_where_its_track_says() -> None:
     for index in range(30):
-        track = data.centroids(index)
+        track = TRAIN.centroids(index)
         assert track.shape == (1, 16, 2)
-        np.testing.assert_allclose(measured_centroids(data[index][0]), track[0], atol=rounding)
+        np.testing.assert_allclose(measured_centroids(TRAIN[index][0]), track[0], atol=1e-9)
 
 
-def test_built_in_digits_stand_on_the_pixel_nearest_to_their_track() -> None:
+def test_digits_stand_on_the_pixel_nearest_to_their_track() -> None:
     """Every frame holds the digit's own pixels, and nothing else."""
     for index in range(30):
         motion = TRAIN.motion(index)
@@ -84,12 +73,13 @@ def test_built_in_digits_stand_on_the_pixel_nearest_to_their_track() -> None:
 
 
 def test_velocity_is_constant_between_bounces_and_of_the_stated_speed() -> None:
-    turned, between, data = 0, 0, smooth()
+    turned, between = 0, 0
     for index in range(200):
-        motion = data.motion(index)
-        speed = np.hypot(*motion.velocity[0])
-        assert BUILT_IN_SPEED[0] <= speed <= BUILT_IN_SPEED[1]
-        steps = np.abs(np.diff(data.centroids(index)[0], axis=0)) / 8  # 16 − 8 pixels of room
+        motion = TRAIN.motion(index)
+        assert BUILT_IN_SPEED[0] <= np.hypot(*motion.velocity[0]) <= BUILT_IN_SPEED[1]
+        places = motion.places(16)[0]
+        assert ((places >= 0) & (places <= 1)).all()
+        steps = np.abs(np.diff(places, axis=0))
         whole = np.isclose(steps, np.abs(motion.velocity[0]), atol=1e-9)
         assert (steps <= np.abs(motion.velocity[0]) + 1e-9).all()
         turned, between = turned + (~whole).sum(), between + whole.sum()
@@ -97,12 +87,11 @@ def test_velocity_is_constant_between_bounces_and_of_the_stated_speed() -> None:
     assert turned > 0  # some do bounce
 
 
-def test_a_digit_keeps_its_ink_and_never_leaves_the_canvas() -> None:
-    data = smooth()
-    for index in range(50):
-        ink = data[index][0].double().sum((0, 2, 3))
-        digit = data._images[data.motion(index).digits[0]].sum(dtype=np.float64)
-        torch.testing.assert_close(ink, torch.full_like(ink, float(digit)), rtol=0, atol=20)  # rounding, of 81 pixels
+def test_moving_mnist_has_its_own_speed(tmp_path: Path) -> None:
+    write(tmp_path, idx(np.ones((6, 28, 28), np.uint8)), idx(np.arange(6, dtype=np.uint8)))
+    data = moving_idx(tmp_path)
+    for index in range(6):
+        assert SPEED[0] <= np.hypot(*data.motion(index).velocity[0]) <= SPEED[1]
 
 
 def test_a_digit_at_rest_on_a_whole_pixel_is_the_digit_itself() -> None:

@@ -1,7 +1,8 @@
 """Moving digits: clips made by index out of still digits, after Moving MNIST (Srivastava et al. 2015).
 
-A digit moves through a black canvas with constant velocity and bounces off its edges. Everything about a clip follows
-from its index alone (keyed draws), so nothing is stored, and where the digits truly are is known: `centroids`.
+A digit moves through a black canvas with constant velocity and bounces off its edges; as there, it is drawn on the
+nearest whole pixel. Everything about a clip follows from its index alone (keyed draws), so nothing is stored, and where
+the digits are is known: `centroids`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ SPEED = (0.05, 0.15)
 """Share of the room between a digit and the edges that it crosses in a frame, least and most; Moving MNIST has 0.1.
 Drawn uniformly, in a uniform direction."""
 BUILT_IN_SPEED = (0.1, 0.3)
-"""The same of the built-in digits, which have a few pixels of room and stand on whole ones."""
+"""The same of the built-in digits, which have a few pixels of room."""
 CLIPS = {"train": 10_000, "held_out": 1_000}
 """Clips of the built-in digits, by split."""
 _SEED = 0  # the data are the same in every run: runs differ in what they draw from them
@@ -62,7 +63,6 @@ class MovingDigitsDataset:
         digits_per_clip: digits that move through each other; where they meet, the lighter one is seen.
         channels: 1, or 3 to repeat the gray value.
         speed: see `SPEED`.
-        whole_pixels: digits stand on whole pixels, as in Moving MNIST; False: between them too, smoothly.
 
     Raises:
         ConfigError: a canvas smaller than a digit, channels other than 1 or 3, fewer than one frame or digit.
@@ -81,7 +81,6 @@ class MovingDigitsDataset:
         digits_per_clip: int = 1,
         channels: int = 1,
         speed: tuple[float, float] = SPEED,
-        whole_pixels: bool = False,
     ) -> None:
         require_channels(channels)
         canvas = height_width(size)
@@ -94,7 +93,7 @@ class MovingDigitsDataset:
         for name, count in (("frames", frames), ("digits_per_clip", digits_per_clip)):
             if count < 1:
                 raise ConfigError(f"data.{name}", found=str(count), expected="at least 1")
-        self._images, self._stream, self._speed, self._whole_pixels = images, stream, speed, whole_pixels
+        self._images, self._stream, self._speed = images, stream, speed
         self._digits = keyed_generator(_SEED, f"{stream}: digits").integers(len(images), size=(length, digits_per_clip))
         self._room = np.array(canvas) - images.shape[1:]
         self.labels = torch.from_numpy(labels.astype(np.int64)[self._digits[:, 0]])
@@ -110,15 +109,13 @@ class MovingDigitsDataset:
         """(C, T, H, W) uint8 and the class."""
         motion = self.motion(index)
         channels, frames, height, width = self.shape
-        # One row and column more than the canvas: a digit that touches the edge has an empty margin beyond it.
-        canvas = np.zeros((frames, height + 1, width + 1), dtype=np.uint8)
+        canvas = np.zeros((frames, height, width), dtype=np.uint8)
         for digit, corners in zip(motion.digits, self._corners(motion), strict=True):
-            whole = np.floor(corners).astype(int)
-            shifted = _shifted(self._images[digit], corners - whole)
-            for frame, (top, left), picture in zip(canvas, whole, shifted, strict=True):
+            picture = self._images[digit]
+            for frame, (top, left) in zip(canvas, corners, strict=True):
                 here = frame[top : top + picture.shape[0], left : left + picture.shape[1]]
                 np.maximum(here, picture, out=here)
-        clip = torch.from_numpy(np.ascontiguousarray(canvas[:, :height, :width]))
+        clip = torch.from_numpy(canvas)
         return clip.expand(channels, -1, -1, -1).contiguous(), int(self.labels[index])
 
     def motion(self, index: int) -> Motion:
@@ -139,16 +136,15 @@ class MovingDigitsDataset:
         return Motion(digits, start, velocity)
 
     def centroids(self, index: int) -> np.ndarray:
-        """Where the digits of a clip truly are: (K, T, 2) centres of their ink, (row, column) in pixels, the centre of
-        the first pixel being (0, 0). A lone digit's rendered frames have them but for rounding to whole levels."""
+        """Where the digits of a clip are: (K, T, 2) centres of their ink, (row, column) in pixels, the centre of the
+        first pixel being (0, 0)."""
         motion = self.motion(index)
         ink = np.stack([_centroid(self._images[digit]) for digit in motion.digits])
         return ink[:, None] + self._corners(motion)
 
     def _corners(self, motion: Motion) -> np.ndarray:
-        """(K, T, 2) upper left corners in pixels."""
-        corners = motion.places(self.shape[1]) * self._room
-        return np.rint(corners) if self._whole_pixels else corners
+        """(K, T, 2) upper left corners, whole pixels."""
+        return np.rint(motion.places(self.shape[1]) * self._room).astype(int)
 
 
 def moving_digits(split: str = "train", frames: int = 16, size: int | Sequence[int] = 16) -> MovingDigitsDataset:
@@ -165,7 +161,6 @@ def moving_digits(split: str = "train", frames: int = 16, size: int | Sequence[i
     return MovingDigitsDataset(
         still.images[:, 0].numpy(), still.labels.numpy(), still.class_names,
         stream=f"moving digits {split}", length=CLIPS[split], frames=frames, size=size, speed=BUILT_IN_SPEED,
-        whole_pixels=True,
     )  # fmt: skip
 
 
@@ -192,19 +187,6 @@ def moving_idx(
         images, labels, numbered(int(labels.max()) + 1, classes, where), stream=f"moving idx {split}",
         length=len(images), frames=frames, size=size, digits_per_clip=digits_per_clip, channels=channels,
     )  # fmt: skip
-
-
-def _shifted(image: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """Bilinear copies of a picture (h, w), moved by (T, 2) fractions of a pixel: uint8 (T, h + 1, w + 1).
-
-    Bilinear weights keep the sum and the centre of the ink, so a smooth motion stays smooth.
-    """
-    down, right = offsets[:, :1, None], offsets[:, 1:, None]
-    rows = np.pad(image.astype(np.float64), ((1, 1), (0, 0)))
-    rows = (1 - down) * rows[None, 1:] + down * rows[None, :-1]
-    columns = np.pad(rows, ((0, 0), (0, 0), (1, 1)))
-    moved = (1 - right) * columns[..., 1:] + right * columns[..., :-1]
-    return np.rint(moved).astype(np.uint8)
 
 
 def _centroid(image: np.ndarray) -> np.ndarray:
