@@ -25,6 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from acdit import provenance, storage
+from acdit.analysis.plots import panels
 from acdit.data.moving import MovingDigitsDataset, moving_digits
 from acdit.demo_video import frame_classifier, speeds
 from acdit.evaluation import ClassifierFacts, load_classifier, save_classifier
@@ -138,8 +139,7 @@ def measure(recipe: Recipe, options: argparse.Namespace) -> None:
         "fine_tuning_steps": options.fine_tuning, "fine_tuned_with": FINE_TUNED,
         "num_inference_steps": options.steps or recipe.sampling.num_inference_steps,
         "guidance_scale": recipe.sampling.guidance_scale, "seed": options.seed, "overrides": options.overrides,
-        "command": provenance.command_line(), "commit": provenance.commit(), "machine": provenance.machine(),
-        "versions": provenance.versions(),
+        **provenance.facts(),
     }  # fmt: skip
     options.results.mkdir(parents=True, exist_ok=True)
     storage.write_json_atomic(options.results / "drift.json", figures)
@@ -207,29 +207,21 @@ def judged(frames: Tensor, labels: Tensor, judge: Any, reference: tuple[Tensor, 
 
 def draw(options: argparse.Namespace) -> None:
     """Accuracy, distance and speed against blocks."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     result = json.loads((options.results / "drift.json").read_text(encoding="utf-8"))
-    figure = Figure(figsize=(13, 4), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
     titles = {
         "frame_accuracy": "frames whose digit is read", "frechet_distance": "Fréchet distance to held-out frames",
         "speed": "speed, pixels a frame",
     }  # fmt: skip
-    for panel, (metric, title) in zip(figure.subplots(1, 3), titles.items(), strict=True):
-        for name, figures in result["over_blocks"].items():
-            values = figures[metric]
-            panel.plot(range(1, len(values) + 1), values, label=name, linewidth=1.3)
-        panel.axhline(result["real"][metric][0], color="#888", linestyle="--", linewidth=1, label="real clips")
-        panel.axvline(result["trained_blocks"], color="#bbb", linestyle=":", linewidth=1)
-        panel.set(title=title, xlabel="block", yscale="log" if metric == "frechet_distance" else "linear")
-        panel.grid(True, color="#e8ebf0", linewidth=0.7)
-        panel.spines[["top", "right"]].set_visible(False)
-    panel.legend(fontsize=7, frameon=False)
-    path = options.results / "drift.png"
-    with storage.atomic_file(path) as temporary:
-        figure.savefig(temporary, format="png")
+    heading = f"{result['streams']} streams, {result['num_inference_steps']} solver steps a block"
+    with panels(options.results / "drift.png", list(titles.values()), heading) as axes:
+        for panel, metric in zip(axes, titles, strict=True):
+            for name, figures in result["over_blocks"].items():
+                values = figures[metric]
+                panel.plot(range(1, len(values) + 1), values, label=name, linewidth=1.3)
+            panel.axhline(result["real"][metric][0], color="#888", linestyle="--", linewidth=1, label="real clips")
+            panel.axvline(result["trained_blocks"], color="#bbb", linestyle=":", linewidth=1)
+            panel.set(xlabel="block", yscale="log" if metric == "frechet_distance" else "linear")
+        axes[-1].legend(fontsize=7, frameon=False)
     print(f"see {options.results}/drift.json, drift.png")
 
 

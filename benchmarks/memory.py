@@ -25,8 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 from workloads import TrainingStep, Work, build_side, step_inputs
+
+from acdit.analysis.allocations import allocated_peak
 
 
 def peaks(run: Callable[[], Any]) -> dict[str, int | None]:
@@ -38,14 +39,8 @@ def peaks(run: Callable[[], Any]) -> dict[str, int | None]:
     with contextlib.suppress(OSError):
         reset.write_text("5")
         resident = _status("VmRSS")
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        run()
+    peak = allocated_peak(run)
     highest = _status("VmHWM")
-    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
     return {
         "activation_peak": peak,
         "resident_peak": None if resident is None or highest is None else highest - resident,

@@ -132,8 +132,7 @@ def train(recipe: Recipe, work: Path) -> None:
     if told.is_file():
         return
     facts = {
-        "command": provenance.command_line(), "commit": provenance.commit(), "machine": provenance.machine(),
-        "versions": provenance.versions(),
+        **provenance.facts(),
     }  # fmt: skip
     started = time.perf_counter()
     resume = "latest" if committed_checkpoints(run) else None

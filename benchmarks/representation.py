@@ -29,7 +29,8 @@ from torch import Tensor
 from acdit import draws, provenance, storage
 from acdit.classifiers import ACDiTClassifier, corruption_of
 from acdit.data.build import build_dataset
-from acdit.evaluation.classification import measure_accuracy, wilson_interval
+from acdit.evaluation.classification import measure_accuracy
+from acdit.evaluation.intervals import wilson_interval
 from acdit.heads import ClassificationHead, Classifier
 from acdit.layout import BlockLayout
 from acdit.model_folder import overrides_from
@@ -73,8 +74,7 @@ def main() -> None:
         "probes": probes,
         "probe_pictures": options.pictures, "probe_steps": options.probe_steps,
         "seeds": [options.seed], "overrides": options.overrides, "tuning": options.tuning,
-        "command": provenance.command_line(), "commit": provenance.commit(), "machine": provenance.machine(),
-        "versions": provenance.versions(),
+        **provenance.facts(),
     }  # fmt: skip
     options.results.mkdir(parents=True, exist_ok=True)
     storage.write_json_atomic(options.results / "representation.json", figures)

@@ -16,13 +16,11 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from acdit import provenance, storage
+from acdit.analysis.plots import panels
 from acdit.data.build import build_dataset
 from acdit.data.text import TextDataset
 from acdit.demo_text import counted_bits
@@ -33,6 +31,7 @@ from acdit.training import Trainer
 from acdit.training.history import committed_checkpoints
 
 RECIPE = "tinyshakespeare"
+BLUE = "#2a6fbb"
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
 SMALL = [
     "model.grid=[256]", "model.num_layers=4", "model.num_attention_heads=4", "model.attention_head_dim=32",
@@ -90,8 +89,8 @@ def run(block: int, seed: int, options: argparse.Namespace) -> None:
     model = ACDiTTextPipeline.from_pretrained(folder / "model").transformer
     held_out = text_of(recipe_of(block, seed, options, "held_out"))
     started = time.perf_counter()
-    bound = text_bound(model, batches(held_out), num_draws=options.draws, copies=2, seed=seed)
-    characters = count_characters(held_out.tokenizer, batches(held_out))
+    bound = text_bound(model, held_out.batches(32), num_draws=options.draws, copies=2, seed=seed)
+    characters = count_characters(held_out.tokenizer, held_out.batches(32))
     steps = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     figures = {
         "block": block,
@@ -117,11 +116,6 @@ def text_of(recipe: Recipe) -> TextDataset:
     return dataset
 
 
-def batches(dataset: TextDataset) -> Iterator[torch.Tensor]:
-    for start in range(0, len(dataset), 32):
-        yield torch.stack([dataset[index][0] for index in range(start, min(start + 32, len(dataset)))])
-
-
 def collect(options: argparse.Namespace) -> None:
     """All runs into docs/results/text-curves.json."""
     first = options.blocks[0]
@@ -138,46 +132,36 @@ def collect(options: argparse.Namespace) -> None:
         "runs": runs, "unigram_bits_per_character": unigram, "bigram_bits_per_character": bigram,
         "steps": options.steps, "batch_size": sizes.optim.batch_size, "context": sizes.data.sequence_length,
         "training_tokens": len(train.row), "held_out_sequences": len(held_out), "draws": options.draws,
-        "overrides": [*SMALL, *options.overrides], "command": provenance.command_line(),
-        "commit": provenance.commit(), "machine": provenance.machine(), "versions": provenance.versions(),
+        "overrides": [*SMALL, *options.overrides], **provenance.facts(),
     })  # fmt: skip
 
 
 def draw(options: argparse.Namespace) -> None:
     """Bits a character against the length of a block, and against the place in it."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     result = json.loads((options.results / "text-curves.json").read_text(encoding="utf-8"))
     runs = result["runs"]
     blocks = sorted({one["block"] for one in runs})
-    figure = Figure(figsize=(11, 4), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
-    of = {block: [one["bits_per_character"] for one in runs if one["block"] == block] for block in blocks}
-    left.plot(blocks, [sum(of[block]) / len(of[block]) for block in blocks], color="#2a6fbb", linewidth=1.5)
-    for block in blocks:
-        left.plot([block] * len(of[block]), of[block], "o", color="#2a6fbb", markersize=5)
-    left.axhline(result["bigram_bits_per_character"], color="#888", linestyle="--", linewidth=1, label="bigrams")
-    left.set(
-        xscale="log", xlabel="tokens a block, L′ (1: autoregression, the whole: masked diffusion)",
-        ylabel="bits a character, held out", title="smaller blocks come closer to autoregression",
-    )  # fmt: skip
-    left.set_xticks(blocks, [str(block) for block in blocks])
-    left.minorticks_off()
-    left.legend(frameon=False)
-    for one in runs:
-        places = one["bits_by_place_in_block"]
-        if one["seed"] == runs[0]["seed"] and len(places) > 1:
-            right.plot(range(1, len(places) + 1), places, label=f"L′ = {one['block']}", linewidth=1.3)
-    right.set(xscale="log", xlabel="place in the block", ylabel="bits a character", title="the same by place")
-    right.legend(frameon=False, fontsize=8)
-    for panel in (left, right):
-        panel.grid(True, color="#e8ebf0", linewidth=0.7)
-        panel.spines[["top", "right"]].set_visible(False)
     path = options.results / "text-curves.png"
-    with storage.atomic_file(path) as temporary:
-        figure.savefig(temporary, format="png")
+    titles = ("smaller blocks come closer to autoregression", "the same by place in the block")
+    with panels(path, titles, f"{result['steps']} steps of {result['batch_size']} sequences") as (left, right):
+        of = {block: [one["bits_per_character"] for one in runs if one["block"] == block] for block in blocks}
+        left.plot(blocks, [sum(of[block]) / len(of[block]) for block in blocks], color=BLUE, linewidth=1.5)
+        for block in blocks:
+            left.plot([block] * len(of[block]), of[block], "o", color=BLUE, markersize=5)
+        left.axhline(result["bigram_bits_per_character"], color="#888", linestyle="--", linewidth=1, label="bigrams")
+        left.set(
+            xscale="log", xlabel="tokens a block, L′ (1: autoregression, the whole: masked diffusion)",
+            ylabel="bits a character, held out",
+        )  # fmt: skip
+        left.set_xticks(blocks, [str(block) for block in blocks])
+        left.minorticks_off()
+        left.legend(frameon=False)
+        for one in runs:
+            places = one["bits_by_place_in_block"]
+            if one["seed"] == runs[0]["seed"] and len(places) > 1:
+                right.plot(range(1, len(places) + 1), places, label=f"L′ = {one['block']}", linewidth=1.3)
+        right.set(xscale="log", xlabel="place in the block", ylabel="bits a character")
+        right.legend(frameon=False, fontsize=8)
     print(f"see {options.results}/text-curves.json, text-curves.png")
 
 

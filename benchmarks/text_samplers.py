@@ -66,8 +66,7 @@ def main() -> None:
     storage.write_json_atomic(options.results / "text-samplers.json", {
         "rows": rows, "texts": options.texts, "context": model.layout.num_tokens, "block": model.layout.block_tokens,
         "batch_size": options.batch_size, "temperature": options.temperature, "seed": options.seed,
-        "command": provenance.command_line(), "commit": provenance.commit(), "machine": provenance.machine(),
-        "versions": provenance.versions(),
+        **provenance.facts(),
     })  # fmt: skip
     (options.results / "text-samplers.md").write_text(table(rows), encoding="utf-8")
 

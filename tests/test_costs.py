@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from acdit import ACDiTTransformer, costs
+from acdit.analysis.allocations import allocated_peak
 from acdit.corruption import GaussianCorruption
 from acdit.costs import Architecture
 from acdit.errors import ConfigError
@@ -66,18 +66,6 @@ def step_of(name: str, checkpointing: str, precision: str = "fp32") -> tuple[Arc
         corruption.loss(prediction, clean, noise, timestep).backward()
 
     return Architecture.of(model.config), batch, copies, run
-
-
-def allocated_peak(run: Callable[[], Any]) -> int:
-    """The most bytes torch's CPU allocator held while `run` ran, above what it held before, by its own record."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        run()
-    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
 
 
 def counted_flops(run: Callable[[], Any]) -> float:

@@ -158,6 +158,13 @@ def test_a_full_disk_names_the_bytes_and_keeps_the_old(tmp_path: Path) -> None:
     assert [place.name for place in tmp_path.iterdir()] == ["checkpoint-1"]
 
 
+def test_json_has_no_nan_and_no_infinity(tmp_path: Path) -> None:
+    storage.write_json_atomic(tmp_path / "a.json", {"x": [1.5, float("nan"), (float("-inf"), "y")], "n": None})
+    text = (tmp_path / "a.json").read_text(encoding="utf-8")
+    assert json.loads(text) == {"x": [1.5, None, [None, "y"]], "n": None}
+    assert "NaN" not in text
+
+
 def test_leftovers_are_not_checkpoints_and_are_cleaned(tmp_path: Path) -> None:
     (tmp_path / ".tmp-checkpoint-7-123-deadbeef").mkdir()
     (tmp_path / "checkpoint-9").mkdir()  # no manifest: never committed

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from acdit import pictures, provenance, storage
 from acdit.data import DigitsDataset
+from acdit.draws import first_sample_seed
 from acdit.errors import StorageError
 from acdit.evaluation import matched_frechet_distance, nearest_training_distance, train_classifier
 from acdit.generation import SamplingSettings, draw_pictures
@@ -91,10 +92,8 @@ def run_demo(
         "num_inference_steps": recipe.sampling.num_inference_steps,
         "guidance_scale": recipe.sampling.guidance_scale,
         "seed": seed,
-        "command": command or provenance.command_line(),
-        "commit": provenance.commit(),
-        "versions": provenance.versions(),
-        "machine": provenance.machine(),
+        **provenance.facts(),
+        **({} if command is None else {"command": command}),
     }
     storage.write_json_atomic(run / "metrics.json", metrics)
     if progress:
@@ -105,7 +104,7 @@ def run_demo(
 def draw_samples(pipeline: ACDiTPipeline, recipe: Recipe, labels: Tensor, seed: int, progress: bool = False) -> Tensor:
     """Sample i of class labels[i] from the seed (seed, i); (M, 1, 8, 8) uint8."""
     settings = SamplingSettings(
-        recipe.sampling.num_inference_steps, recipe.sampling.guidance_scale, _first_sample_seed(seed),
+        recipe.sampling.num_inference_steps, recipe.sampling.guidance_scale, first_sample_seed(seed),
         tuple(labels.tolist()),
     )  # fmt: skip
     chunks = []
@@ -185,7 +184,7 @@ def draw_generation(pipeline: ACDiTPipeline, recipe: Recipe, seed: int, path: Pa
         torch.arange(_CLASSES),
         num_inference_steps=recipe.sampling.num_inference_steps,
         guidance_scale=recipe.sampling.guidance_scale,
-        generator=_first_sample_seed(seed),
+        generator=first_sample_seed(seed),
         output_type="pt",
         callback_on_step_end=on_step,
     )
@@ -207,11 +206,6 @@ def _draw_samples_picture(samples: Tensor, labels: Tensor, path: Path) -> None:
     rows = [samples[labels == label][:8] for label in range(_CLASSES)]
     names = [str(label) for label in range(_CLASSES)]
     pictures.image_grid(torch.cat(rows), columns=len(rows[0]), row_labels=names).save(path)
-
-
-def _first_sample_seed(seed: int) -> int:
-    """Sample i of run `seed` is drawn from seed·2³² + i (below 2⁶³): runs share no samples."""
-    return (seed << 32) % 2**63
 
 
 def clear_folder(run: Path, name: str) -> None:

@@ -6,20 +6,19 @@ against is counted: characters by themselves, and pairs of them.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from acdit import provenance, storage
-from acdit.data.build import build_dataset
+from acdit.data.build import as_measured, build_dataset
 from acdit.data.text import TextDataset
 from acdit.demo import clear_folder
+from acdit.draws import first_sample_seed
 from acdit.evaluation.perplexity import TextBound, count_characters, text_bound
 from acdit.pipelines_text import ACDiTTextPipeline
 from acdit.recipe import Recipe, load_recipe, recipe_to_yaml
@@ -80,10 +79,10 @@ def run_demo_text(
         seconds[name] = round(time.perf_counter() - training_started, 1)
     train, held_out = (_text(recipe, split) for split in ("train", "held_out"))
     bounds = {
-        name: text_bound(pipeline.transformer, _batches(held_out), num_draws=draws, copies=2, seed=seed)
+        name: text_bound(pipeline.transformer, held_out.batches(_BATCH), num_draws=draws, copies=2, seed=seed)
         for name, pipeline in pipelines.items()
     }
-    characters = count_characters(held_out.tokenizer, _batches(held_out))
+    characters = count_characters(held_out.tokenizer, held_out.batches(_BATCH))
     written, speeds = write_samples(pipelines, recipe, seed, samples)
     storage.write_text_atomic(run / "samples.txt", written)
     unigram, bigram = counted_bits(train.row, held_out.row, held_out.vocab_size)
@@ -107,10 +106,7 @@ def run_demo_text(
         "characters": characters,
         "seed": seed,
         "protocol": _protocol(held_out, bounds["blocks"], recipe),
-        "command": provenance.command_line(),
-        "commit": provenance.commit(),
-        "versions": provenance.versions(),
-        "machine": provenance.machine(),
+        **provenance.facts(),
     }
     metrics["targets"] = {
         "bits_per_char": "< bigram_bits_per_char",
@@ -153,7 +149,7 @@ def write_samples(
     for name, pipeline in pipelines.items():
         started = time.perf_counter()
         # Some tenths colder than the model's own distribution: small models ramble.
-        first = (seed << 32) % 2**62
+        first = first_sample_seed(seed)
         _, texts = pipeline(batch_size=samples, generator=first, temperature=0.8, return_dict=False)
         speeds[name] = round(sum(map(len, texts)) / (time.perf_counter() - started), 1)
         parts += [f"=== {titles[name]}, sample {index} ===\n{text}\n" for index, text in enumerate(texts)]
@@ -162,14 +158,9 @@ def write_samples(
 
 def _text(recipe: Recipe, split: str) -> TextDataset:
     """A split of the recipe's text, cut into sequences as they lie."""
-    dataset = build_dataset(dataclasses.replace(recipe.data, split=split, crop="center"))
+    dataset = build_dataset(as_measured(recipe.data, split))
     assert isinstance(dataset, TextDataset)
     return dataset
-
-
-def _batches(dataset: TextDataset) -> Iterator[torch.Tensor]:
-    for start in range(0, len(dataset), _BATCH):
-        yield torch.stack([dataset[index][0] for index in range(start, min(start + _BATCH, len(dataset)))])
 
 
 def _protocol(held_out: TextDataset, bound: TextBound, recipe: Recipe) -> str:

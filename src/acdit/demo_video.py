@@ -21,7 +21,7 @@ from tqdm import tqdm
 from acdit import pictures, provenance, storage
 from acdit.data.moving import MovingDigitsDataset, moving_digits
 from acdit.demo import clear_folder
-from acdit.draws import keyed_generator
+from acdit.draws import first_sample_seed, keyed_generator
 from acdit.evaluation import PictureClassifier, train_classifier
 from acdit.pipelines import ACDiTPipeline
 from acdit.recipe import Recipe, load_recipe, recipe_to_yaml
@@ -116,10 +116,7 @@ def run_demo_video(
         "window": recipe.model.window,
         "seed": seed,
         "protocol": _PROTOCOL.format(clips=clips, held_out=len(_held_out(recipe)), streams=streams),
-        "command": provenance.command_line(),
-        "commit": provenance.commit(),
-        "versions": provenance.versions(),
-        "machine": provenance.machine(),
+        **provenance.facts(),
     }
     metrics["targets"] = {
         "frame_accuracy": f">= {FRAME_ACCURACY_TARGET}",
@@ -174,8 +171,8 @@ def draw_clips(pipeline: ACDiTPipeline, recipe: Recipe, labels: Tensor, seed: in
             part = labels[start : start + _CHUNK]
             (frames,) = pipeline(
                 part, num_inference_steps=recipe.sampling.num_inference_steps,
-                guidance_scale=recipe.sampling.guidance_scale, generator=_first_seed(seed) + start, output_type="pt",
-                return_dict=False,
+                guidance_scale=recipe.sampling.guidance_scale, generator=first_sample_seed(seed) + start,
+                output_type="pt", return_dict=False,
             )  # fmt: skip
             parts.append(_bytes(frames))
             bar.update(len(part))
@@ -242,7 +239,7 @@ def run_stream(
     labels = torch.arange(samples) % _CLASSES
     stream = Stream(
         pipeline, labels.tolist(), num_inference_steps=recipe.sampling.num_inference_steps,
-        guidance_scale=recipe.sampling.guidance_scale, seed=_first_seed(seed) + 2**31, max_blocks=blocks,
+        guidance_scale=recipe.sampling.guidance_scale, seed=first_sample_seed(seed) + 2**31, max_blocks=blocks,
     )  # fmt: skip
     seconds: list[float] = []
     memory: list[int] = []
@@ -314,11 +311,6 @@ def _pages(clips: Tensor) -> Iterator[Tensor]:
 
 def _bytes(frames: Tensor) -> Tensor:
     return (frames.clamp(0, 1) * 255).round().to(torch.uint8)
-
-
-def _first_seed(seed: int) -> int:
-    """Sample i of run `seed` is drawn from seed·2³² + i, streams from 2³¹ on: nothing is shared."""
-    return (seed << 32) % 2**62
 
 
 def summary(metrics: dict[str, Any], run: str | Path) -> str:

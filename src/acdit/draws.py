@@ -15,6 +15,11 @@ import torch
 from torch import Tensor
 
 
+def first_sample_seed(seed: int) -> int:
+    """Samples of run `seed` are drawn from seed·2³² on (below 2⁶², so that many more fit behind): runs share none."""
+    return (seed << 32) % 2**62
+
+
 def keyed_generator(seed: int, stream: str, step: int = 0, sample: int = 0, copy: int = 0) -> np.random.Generator:
     """A generator of its own for one (seed, stream, step, sample, copy).
 

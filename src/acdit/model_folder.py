@@ -1,13 +1,17 @@
-"""What a saved pipeline's folder tells a recipe that starts from it. JSON only: no torch."""
+"""What the folder of a saved pipeline tells: whether it is whole, what a recipe takes over that starts from it, which
+data its model is measured on."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from acdit import storage
 from acdit.errors import ConfigError
-from acdit.recipe import CorruptionRecipe, ModelRecipe, flatten
+from acdit.recipe import CorruptionRecipe, ModelRecipe, Recipe, flatten, load_recipe
 
 _SCHEDULE = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end")
 
@@ -42,6 +46,53 @@ def overrides_from(folder: str | Path) -> list[str]:
     wanted["corruption.prediction_type"] = kind
     wanted |= {f"corruption.{name}": scheduler[name] for name in _SCHEDULE if name in scheduler}
     return [f"model={json.dumps(model)}", *(f"{path}={json.dumps(value)}" for path, value in flatten(wanted).items())]
+
+
+def require_whole(folder: str | Path) -> None:
+    """A pipeline's folder, undamaged where its manifest can tell.
+
+    Raises:
+        ConfigError: no pipeline's folder.
+        StorageError: a damaged one.
+    """
+    if not (Path(folder) / "model_index.json").is_file():
+        raise ConfigError(
+            f"model {folder}", found="no model_index.json there", expected="the folder of a saved pipeline",
+            fix="train one (make demo leaves runs/demo/model), or check the path",
+        )  # fmt: skip
+    if storage.is_committed(folder):
+        storage.verify(folder)
+
+
+def recipe_to_measure(model: str | Path, data: str | None, overrides: Sequence[str]) -> Recipe:
+    """The recipe whose data a model is measured on: another split of what its run has learned from, or `data`.
+
+    Args:
+        model: the model's folder, recipe.yaml of its run beside it.
+        data: a recipe (a shipped one's name or a YAML path) instead.
+        overrides: of the recipe. Without `data` they name the split, but for runs that have a validation split.
+
+    Raises:
+        ConfigError: no recipe, or no split named.
+    """
+    if data is not None:
+        return load_recipe(data, overrides)
+    beside = Path(model).parent / "recipe.yaml"
+    if not beside.is_file():
+        raise ConfigError(
+            "--data", found="nothing, and no recipe.yaml beside the model", expected="a recipe with the data",
+            fix="--data my.yaml data.split=held_out",
+        )  # fmt: skip
+    recipe = load_recipe(beside, overrides)
+    if any(text.partition("=")[0].strip() == "data.split" for text in overrides):
+        return recipe
+    split = None if recipe.classification is None else recipe.classification.validation_split
+    if split is None:
+        raise ConfigError(
+            "data.split", found=f"nothing; {recipe.data.split!r} was trained on", expected="the split to measure on",
+            fix="add data.split=held_out (or validation, test, …) behind the model",
+        )  # fmt: skip
+    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, split=split))
 
 
 def _read(folder: Path, name: str) -> dict[str, Any]:

@@ -17,6 +17,11 @@ import torch
 from torch import nn
 
 
+def facts() -> dict[str, Any]:
+    """What a result file says of its origin: command, commit, versions, machine."""
+    return {"command": command_line(), "commit": commit(), "versions": versions(), "machine": machine()}
+
+
 def command_line() -> str:
     """The command this process was started with."""
     return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])

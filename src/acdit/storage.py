@@ -14,6 +14,7 @@ import fcntl
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -144,8 +145,17 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def write_json_atomic(path: str | Path, value: Any) -> None:
-    """Write a JSON file wholly or not at all; raises as `write_text_atomic`."""
-    write_text_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    """Write a JSON file wholly or not at all; raises as `write_text_atomic`. NaN and infinity, which JSON has not, are
+    null: what was not measured."""
+    write_text_atomic(path, json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_text_atomic(path: str | Path, text: str) -> None:

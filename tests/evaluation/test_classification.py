@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from acdit.evaluation.classification import wilson_interval
+from acdit.evaluation.intervals import wilson_interval
 
 
 @pytest.mark.parametrize(("right", "total"), [(0, 10), (3, 10), (10, 10), (997, 1000), (1, 1)])

@@ -38,7 +38,7 @@ def allocated_by_training(config: Mapping[str, Any], batch: int, copies: int, ch
     Raises:
         ConfigError: a model of text.
     """
-    model = _built(config)
+    model = random_model(config)
     if checkpointing != "none":
         model.enable_gradient_checkpointing(*([checkpoint_elementwise] if checkpointing == "elementwise" else []))
     for parameter in model.parameters():
@@ -63,22 +63,33 @@ def allocated_by_sampling(config: Mapping[str, Any], batch: int, guided: bool) -
     Raises:
         ConfigError: a model of text.
     """
-    model = _built(config).eval()
+    draw = sampler(random_model(config), batch, guided)
+    return allocated_peak(lambda: draw(1))
+
+
+def sampler(model: ACDiTTransformer, batch: int, guided: bool) -> Callable[[int], None]:
+    """A function that draws a batch in so many steps a block, and throws it away."""
+    model.eval()
     scheduler = GaussianCorruption().sampling_scheduler()
     labels = None if model.null_label is None else [0] * batch
 
-    def draw() -> None:
+    def draw(steps: int) -> None:
         blocks = sample_blocks(
-            model, scheduler, class_labels=labels, batch_size=batch, num_inference_steps=1,
-            guidance_scale=2.0 if guided else 1.0, generator=torch.Generator().manual_seed(0),
+            model, scheduler, class_labels=labels, batch_size=batch, num_inference_steps=steps,
+            guidance_scale=2.0 if guided else 1.0, generator=torch.Generator(model.device).manual_seed(0),
         )  # fmt: skip
         for _ in blocks:
             pass
 
-    return allocated_peak(draw)
+    return draw
 
 
-def _built(config: Mapping[str, Any]) -> ACDiTTransformer:
+def random_model(config: Mapping[str, Any]) -> ACDiTTransformer:
+    """A model with random weights, for what does not depend on them.
+
+    Raises:
+        ConfigError: a model of text.
+    """
     if config.get("vocab_size") is not None:
         raise ConfigError(
             "MODEL", found="a model of text", expected="one of continuous data: of text closed forms only",

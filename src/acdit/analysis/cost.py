@@ -21,8 +21,6 @@ def flops_figures(
     *,
     steps: int,
     guided: bool,
-    copies: int,
-    checkpointing: str,
     blocks: Sequence[Sequence[int]],
     most_counted: int = MOST_COUNTED,
 ) -> dict[str, Any]:
@@ -32,11 +30,10 @@ def flops_figures(
         subject: what is analysed.
         steps: model calls a block.
         guided: both branches of guidance.
-        copies, checkpointing: of the training step.
         blocks: sizes for the saving.
         most_counted: layouts of more blocks have closed forms only.
     """
-    arch = subject.architecture
+    arch, copies, checkpointing = subject.architecture, subject.copies, subject.checkpointing
     counts = subject.layout.num_blocks <= most_counted
     step = training_flops(arch, 1, copies, checkpointing)
     trained = count_training(subject.config, copies, checkpointing)
@@ -59,8 +56,6 @@ def memory_figures(
     subject: Subject,
     *,
     micro_batch: int,
-    copies: int,
-    checkpointing: str,
     guided: bool,
     blocks: Sequence[Sequence[int]],
     measure: bool,
@@ -70,11 +65,11 @@ def memory_figures(
     Args:
         subject: what is analysed.
         micro_batch: samples at once, in both.
-        copies, checkpointing: of the training step.
         guided: both branches of guidance.
         blocks: sizes to do it for.
         measure: run a step and draw a sample; False: closed forms only.
     """
+    copies, checkpointing = subject.copies, subject.checkpointing
     rows = []
     for size in blocks:
         resized = subject.with_block(size)

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from acdit import draws, storage
+from acdit import draws
 from acdit.codecs import PixelCodec
 from acdit.corruption import GaussianCorruption
-from acdit.data.build import build_dataset
+from acdit.data.build import as_measured, build_dataset
 from acdit.data.stream import StreamDataset
 from acdit.errors import ConfigError, DataError
 from acdit.evaluation.likelihood import Batch, BoundTerms, EightBit, GaussianBound, gaussian_bound, loss_over_timesteps
-from acdit.recipe import Recipe, load_recipe
+from acdit.model_folder import recipe_to_measure, require_whole
 from acdit.training.build import build_corruption, load_pipeline
 from acdit.training.codecs import build_codec, data_shape
 
@@ -52,7 +52,7 @@ def measure_loss(
     num_samples: int | None,
     batch_size: int,
     seed: int,
-    device: str | None,
+    device: torch.device,
 ) -> Found:
     """Measure a saved pipeline on data.
 
@@ -66,30 +66,27 @@ def measure_loss(
         num_samples: how many of the split; None: all.
         batch_size: samples at once.
         seed: of timesteps and noise.
-        device: None: cuda where there is one.
+        device: where the model runs.
 
     Raises:
         ConfigError: no data named, a model of text, data of another shape than the model's, a stream.
         DataError: what the data set refuses; labels beyond the model's classes.
         StorageError: the model's folder is damaged.
     """
-    recipe = _recipe(model, data, overrides)
+    require_whole(model)
+    recipe = recipe_to_measure(model, data, overrides)
     if recipe.corruption.kind != "gaussian":
         raise ConfigError("model", found="a model of text", expected="one of continuous data: text has a perplexity",
                           fix="acdit evaluate")  # fmt: skip
     corruption = build_corruption(recipe)
     assert isinstance(corruption, GaussianCorruption)
-    # What training chooses at random is chosen once here: no mirrored pictures, the middle of what is cropped.
-    chosen = dataclasses.replace(recipe.data, flip=False, crop="center")
-    if chosen.kind == "clips" and chosen.start == "random":
-        chosen = dataclasses.replace(chosen, start="center")
+    chosen = as_measured(recipe.data)
     dataset = build_dataset(chosen, recipe.codec.posterior)
     if isinstance(dataset, StreamDataset):
         raise ConfigError("data.streaming", found="true", expected="false: a split is measured whole")
     codec, _ = build_codec(dataclasses.replace(recipe, data=chosen), dataset)
     pipeline: Any = load_pipeline(recipe, Path(model))
-    asked = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    transformer = pipeline.transformer.to(asked).eval()
+    transformer = pipeline.transformer.to(device).eval()
     layout, config = transformer.layout, transformer.config
     expected = (config.in_channels, *layout.grid)
     if data_shape(dataset, codec) != expected:
@@ -105,14 +102,14 @@ def measure_loss(
             shape = codec.noise_shape(dataset.shape)
             noise = None if shape is None else draws.normal(shape, seed=seed, stream="posterior", step=0, samples=rows)
             pixels = torch.stack([sample for sample, _ in samples])
-            clean = layout.to_blocks(codec.encode(pixels, noise)).to(asked, dtype)
+            clean = layout.to_blocks(codec.encode(pixels, noise)).to(device, dtype)
             if not with_labels:
                 yield clean, None
                 continue
             labels = torch.tensor([label for _, label in samples])
             if bool(((labels < 0) | (labels >= config.num_classes)).any()):
                 raise DataError("label", found=str(int(labels.max())), expected=f"0 … {config.num_classes - 1}")
-            yield clean, labels.to(asked)
+            yield clean, labels.to(device)
 
     points = (torch.arange(num_points, dtype=torch.float64) + 0.5) / num_points
     timesteps = corruption.uniform_timesteps(points).unique()
@@ -143,28 +140,3 @@ def measure_loss(
         "num_blocks": layout.num_blocks,
     }
     return Found(bound, reason, timesteps, loss, error, settings)
-
-
-def _recipe(model: str, data: str | None, overrides: Sequence[str]) -> Recipe:
-    if not (Path(model) / "model_index.json").is_file():
-        raise ConfigError(
-            f"model {model}", found="no model_index.json there", expected="the folder of a saved pipeline",
-            fix="train one (make demo leaves runs/demo/model), or check the path",
-        )  # fmt: skip
-    if storage.is_committed(model):
-        storage.verify(model)
-    if data is not None:
-        return load_recipe(data, list(overrides))
-    beside = Path(model).parent / "recipe.yaml"
-    if not beside.is_file():
-        raise ConfigError(
-            "--data", found="nothing, and no recipe.yaml beside the model", expected="a recipe with the data",
-            fix="--data my.yaml data.split=held_out",
-        )  # fmt: skip
-    recipe = load_recipe(beside, list(overrides))
-    if not any(text.startswith("data.split=") for text in overrides):
-        raise ConfigError(
-            "data.split", found=f"nothing; {recipe.data.split!r} was trained on", expected="the split to measure on",
-            fix="add data.split=held_out (or validation, test, …) behind the model",
-        )  # fmt: skip
-    return recipe

@@ -38,6 +38,16 @@ class Subject:
         """Grid, block and patch."""
         return self.architecture.layout
 
+    @property
+    def copies(self) -> int:
+        """Noisy copies of a training step: the recipe's."""
+        return 1 if self.recipe is None else self.recipe.corruption.copies
+
+    @property
+    def checkpointing(self) -> str:
+        """Gradient checkpointing of a training step: the recipe's."""
+        return "none" if self.recipe is None else self.recipe.train.gradient_checkpointing
+
     def with_block(self, block: Sequence[int]) -> Subject:
         """The same model with blocks of another size; it has the same weights."""
         return Subject(self.name, {**self.config, "block": list(block)}, self.recipe)

@@ -16,13 +16,10 @@ from typing import Any
 import torch
 
 from acdit import costs, provenance, storage
-from acdit.analysis.allocations import allocated_peak
+from acdit.analysis.allocations import allocated_peak, random_model, sampler
 from acdit.analysis.subject import Subject
-from acdit.corruption import GaussianCorruption
 from acdit.errors import ConfigError, StorageError
 from acdit.flops import picture_flops
-from acdit.model import ACDiTTransformer
-from acdit.sampling import sample_blocks
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -108,19 +105,11 @@ def _opened(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
 
 def _measure(subject: Subject, steps: int, guided: bool, batch: int, dtype: str, device: str) -> dict[str, Any]:
     """Seconds of one batch, and the bytes above the weights of a batch of one step before, which warms up."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = ACDiTTransformer.from_config(subject.config).to(device, DTYPES[dtype]).eval()
-    scheduler = GaussianCorruption().sampling_scheduler()
-    labels = None if model.null_label is None else [0] * batch
+    model = random_model(subject.config).to(device, DTYPES[dtype])
+    sample = sampler(model, batch, guided)
 
     def draw(count: int) -> None:
-        blocks = sample_blocks(
-            model, scheduler, class_labels=labels, batch_size=batch, num_inference_steps=count,
-            guidance_scale=2.0 if guided else 1.0, generator=torch.Generator(device).manual_seed(0),
-        )  # fmt: skip
-        for _ in blocks:
-            pass
+        sample(count)
         if device == "cuda":
             torch.cuda.synchronize()
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import math
 from pathlib import Path
 from typing import Any
 
-from acdit.cli.evaluate_text import provenance_fields
 from acdit.cli.parser import AddCommand, adder, finite, positive, seed
 from acdit.cli.plan import share
 
@@ -38,7 +36,6 @@ def _add_flops(command: AddCommand) -> None:
     )  # fmt: skip
     _subject(made, "flops.json")
     made.add_argument("--steps", type=positive, help="model calls a block (default: the recipe's, 25; of text L)")
-    made.add_argument("--no-guidance", action="store_true", help="one branch (default: two where there are labels)")
 
 
 def _add_memory(command: AddCommand) -> None:
@@ -50,7 +47,6 @@ def _add_memory(command: AddCommand) -> None:
     )  # fmt: skip
     _subject(made, "memory.json")
     made.add_argument("--micro-batch", type=positive, default=1, help="samples at once (default 1)")
-    made.add_argument("--no-guidance", action="store_true", help="one branch (default: two where there are labels)")
     made.add_argument("--no-measure", action="store_true", help="closed forms only: for models that do not fit here")
 
 
@@ -114,7 +110,6 @@ def _add_tradeoff(command: AddCommand) -> None:
     made.add_argument(
         "--steps", type=positive, default=2, help="solver steps a block, measured and predicted (default 2)"
     )
-    made.add_argument("--no-guidance", action="store_true", help="one branch (default: two where there are labels)")
     made.add_argument("--batch-size", type=positive, default=1, help="samples at once (default 1)")
     made.add_argument("--rounds", type=positive, default=3, help="measurements a size (default 3)")
     made.add_argument("--minutes", type=finite, default=30.0, help="no measurement is begun after so many (default 30)")
@@ -145,6 +140,7 @@ def _subject(made: argparse.ArgumentParser, output: str) -> None:
         "--blocks", nargs="+", default=[], metavar="SIZE",
         help="block sizes to compare, like 16x16 8x8 (default: from the whole grid down)",
     )  # fmt: skip
+    made.add_argument("--no-guidance", action="store_true", help="one branch (default: two where there are labels)")
     made.add_argument("--output", default=output, metavar="FILE", help=f"a PNG lies beside it (default {output})")
 
 
@@ -175,18 +171,9 @@ def require_suffix(output: str, suffix: str) -> Path:
 
 def write_figures(output: Path, figures: dict[str, Any]) -> None:
     """The result file, with where its figures come from."""
-    from acdit import storage
+    from acdit import provenance, storage
 
-    storage.write_json_atomic(output, _finite({**figures, **provenance_fields()}))
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: what was not measured is null."""
-    if isinstance(value, dict):
-        return {name: _finite(inner) for name, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    storage.write_json_atomic(output, {**figures, **provenance.facts()})
 
 
 def _flops(options: argparse.Namespace) -> None:
@@ -195,11 +182,7 @@ def _flops(options: argparse.Namespace) -> None:
 
     subject, blocks, output = _loaded(options)
     steps, guided = subject.sampling(options.steps, not options.no_guidance)
-    recipe = subject.recipe
-    figures = flops_figures(
-        subject, steps=steps, guided=guided, copies=1 if recipe is None else recipe.corruption.copies,
-        checkpointing="none" if recipe is None else recipe.train.gradient_checkpointing, blocks=blocks,
-    )  # fmt: skip
+    figures = flops_figures(subject, steps=steps, guided=guided, blocks=blocks)
     write_figures(output, {**subject.describe(), **figures})
     plot_flops(figures, output.with_suffix(".png"), f"{subject.name}, {steps} steps a block")
     for name, what in (("sampling", "a sample"), ("training_forward", "a training forward")):
@@ -228,12 +211,9 @@ def _memory(options: argparse.Namespace) -> None:
     _, guided = subject.sampling(None, not options.no_guidance)
     if not options.no_measure and subject.config.get("vocab_size") is not None:
         raise ConfigError("MODEL", found="a model of text", expected="--no-measure: only pictures and clips are run")
-    recipe = subject.recipe
     figures = memory_figures(
-        subject, micro_batch=options.micro_batch, copies=1 if recipe is None else recipe.corruption.copies,
-        checkpointing="none" if recipe is None else recipe.train.gradient_checkpointing, guided=guided, blocks=blocks,
-        measure=not options.no_measure,
-    )  # fmt: skip
+        subject, micro_batch=options.micro_batch, guided=guided, blocks=blocks, measure=not options.no_measure
+    )
     write_figures(output, {**subject.describe(), **figures})
     plot_memory(figures, output.with_suffix(".png"), f"{subject.name}, fp32, {options.micro_batch} at once")
     for row in figures["by_block"]:
@@ -290,7 +270,7 @@ def _loss(options: argparse.Namespace) -> None:
 
     from acdit.analysis.loss import measure_loss
     from acdit.analysis.plots import plot_loss
-    from acdit.cli.models import averaging_of
+    from acdit.cli.models import averaging_of, chosen_device
     from acdit.evaluation.sweep import require_matplotlib
 
     require_matplotlib("acdit analyze loss")
@@ -299,7 +279,8 @@ def _loss(options: argparse.Namespace) -> None:
     found = measure_loss(
         options.model, options.data, options.overrides, labelled=options.labels == "data", variance=options.variance,
         clip=options.clip, num_timesteps=options.timesteps, num_draws=options.draws, num_points=options.points,
-        num_samples=options.num_samples, batch_size=options.batch_size, seed=options.seed, device=options.device,
+        num_samples=options.num_samples, batch_size=options.batch_size, seed=options.seed,
+        device=chosen_device(options.device),
     )  # fmt: skip
     bound = found.bound
     figures = {
@@ -331,17 +312,13 @@ def _loss(options: argparse.Namespace) -> None:
 
 
 def _tradeoff(options: argparse.Namespace) -> None:
-    import torch
-
     from acdit.analysis.plots import plot_tradeoff
     from acdit.analysis.tradeoff import measure_tradeoff
-    from acdit.errors import ConfigError
+    from acdit.cli.models import chosen_device
 
     subject, blocks, output = _loaded(options)
     _, guided = subject.sampling(None, not options.no_guidance)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device", found="cuda", expected="cpu: torch sees no CUDA device here")
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = chosen_device(options.device).type
     record = measure_tradeoff(
         subject, blocks, output, steps=options.steps, guided=guided, batch=options.batch_size, rounds=options.rounds,
         minutes=options.minutes, dtype=options.dtype, device=device,

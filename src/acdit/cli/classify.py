@@ -40,8 +40,6 @@ def load_classifier(model: str, device: str | None = None, vae: str | None = Non
     Raises:
         ConfigError: none there, or no such device.
     """
-    import torch
-
     from acdit.classifiers import ACDiTClassifier
     from acdit.cli.models import chosen_device
 
@@ -50,7 +48,7 @@ def load_classifier(model: str, device: str | None = None, vae: str | None = Non
         from acdit.codecs import load_vae
 
         classifier.pipeline.register_modules(vae=load_vae(vae))
-    return classifier.to(chosen_device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+    return classifier.to(chosen_device(device))
 
 
 def _classify(options: argparse.Namespace) -> None:

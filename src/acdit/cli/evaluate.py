@@ -139,7 +139,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _measure(options: argparse.Namespace, axes: list[Any], extractor: Any, processes: Any) -> None:
-    from acdit import storage
+    from acdit import provenance, storage
     from acdit.errors import ConfigError
     from acdit.evaluation.clip_measure import CLIP_PROTOCOL, ClipEvaluator
     from acdit.evaluation.clip_sets import open_clips
@@ -174,7 +174,7 @@ def _measure(options: argparse.Namespace, axes: list[Any], extractor: Any, proce
         "reference": evaluator.reference.describe(),
         "extractor": extractor.describe(),
         "protocol": PROTOCOL if cut is None else CLIP_PROTOCOL,
-        **_provenance(),
+        **provenance.facts(),
         "processes": processes.size,
         "seconds": round(time.perf_counter() - started, 1),
     }
@@ -249,7 +249,7 @@ def _measure_model(
 
 
 def _self_test(options: argparse.Namespace, extractor: Any, processes: Any) -> None:
-    from acdit import storage
+    from acdit import provenance, storage
     from acdit.evaluation.self_test import self_test
 
     with tempfile.TemporaryDirectory() as work:
@@ -258,7 +258,7 @@ def _self_test(options: argparse.Namespace, extractor: Any, processes: Any) -> N
     print(f"held-out against real    {_summary(result['held_out_against_real'])}")
     for row in result["noise"]:
         print(f"noise {row['level']:<5g}              {_summary(row)}")
-    storage.write_json_atomic(options.output, {**result, "extractor": extractor.describe(), **_provenance()})
+    storage.write_json_atomic(options.output, {**result, "extractor": extractor.describe(), **provenance.facts()})
     print(f"sane: zero at no noise, growing with it; see {options.output}")
 
 
@@ -274,17 +274,6 @@ def _recorded(settings: dict[str, Any]) -> dict[str, Any]:
     if "steps" in settings:  # `acdit sample` of a few pictures
         settings = {**settings, "num_inference_steps": settings["steps"]}
     return {name: settings.get(name) for name in _RECORDED}
-
-
-def _provenance() -> dict[str, Any]:
-    from acdit import provenance
-
-    return {
-        "command": provenance.command_line(),
-        "commit": provenance.commit(),
-        "versions": provenance.versions(),
-        "machine": provenance.machine(),
-    }
 
 
 def _summary(figures: dict[str, Any]) -> str:

@@ -5,19 +5,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import time
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from acdit.cli.classify import load_classifier
-from acdit.cli.evaluate_text import provenance_fields
+from acdit.cli.evaluate_text import OTHERS
+from acdit.cli.parser import refuse_given
 
-if TYPE_CHECKING:
-    from acdit.recipe import DataRecipe
-
-_OTHERS = (
-    "extractor", "weights", "preprocessing", "frames", "frame_stride", "span", "work", "size", "sweep", "self_test",
-    "estimator", "draws", "language_model", "labels", "solver",
-)  # fmt: skip
+_OTHERS = (*OTHERS, "estimator", "draws", "language_model", "labels", "solver")
 
 
 def evaluate_classifier(options: argparse.Namespace) -> None:
@@ -26,15 +20,14 @@ def evaluate_classifier(options: argparse.Namespace) -> None:
     Raises:
         ConfigError: options of samples, no classifier, data it was not made for.
     """
-    from acdit import storage
-    from acdit.data.build import build_dataset
+    from acdit import provenance, storage
+    from acdit.data.build import as_measured, build_dataset
     from acdit.errors import ConfigError
     from acdit.evaluation.classification import measure_accuracy
+    from acdit.model_folder import recipe_to_measure
     from acdit.processes import joined_processes
 
-    for name in _OTHERS:
-        if getattr(options, name):
-            raise ConfigError(f"--{name.replace('_', '-')}", found="--classification", expected="one of the two")
+    refuse_given(options, _OTHERS, found="--classification", expected="one of the two")
     if not options.samples:
         raise ConfigError("SAMPLES", found="nothing", expected="the folder of a model with a classifier/")
     model: str = options.samples[0]
@@ -42,7 +35,7 @@ def evaluate_classifier(options: argparse.Namespace) -> None:
     started = time.perf_counter()
     with joined_processes() as processes:
         classifier = load_classifier(model, str(processes.device(options.device)), options.vae)
-        data = _data(options, model, overrides)
+        data = as_measured(recipe_to_measure(model, options.reference, overrides).data)
         dataset: Any = build_dataset(data)
         figures = measure_accuracy(
             classifier, dataset, batch_size=options.batch_size, count=options.num_samples, processes=processes
@@ -58,7 +51,7 @@ def evaluate_classifier(options: argparse.Namespace) -> None:
         "data": dataclasses.asdict(data),
         "model": model,
         "processes": processes.size,
-        **provenance_fields(),
+        **provenance.facts(),
         "seconds": round(time.perf_counter() - started, 1),
     })  # fmt: skip
     told = [
@@ -67,26 +60,3 @@ def evaluate_classifier(options: argparse.Namespace) -> None:
         if name in figures
     ]
     print(f"{', '.join(told)} on {figures['num_samples']} samples of split {data.split!r}; see {options.output}")
-
-
-def _data(options: argparse.Namespace, model: str, overrides: list[str]) -> DataRecipe:
-    """What to measure on: a recipe's data, by default the validation split of the run that left the model."""
-    from acdit.errors import ConfigError
-    from acdit.recipe import load_recipe
-
-    beside = Path(model).parent / "recipe.yaml"
-    if options.reference is None and not beside.is_file():
-        raise ConfigError(
-            "--data", found="nothing, and no recipe.yaml beside the model", expected="a recipe that names the data"
-        )
-    recipe = load_recipe(options.reference or str(beside), overrides)
-    data = dataclasses.replace(recipe.data, crop="center", flip=False)
-    named = any(override.partition("=")[0].strip() == "data.split" for override in overrides)
-    if options.reference is None and not named:
-        if recipe.classification is None or recipe.classification.validation_split is None:
-            raise ConfigError(
-                "data.split", found="nothing", expected="the split to measure on: the run has learned from "
-                f"{data.split!r}", fix="add data.split=NAME",
-            )  # fmt: skip
-        data = dataclasses.replace(data, split=recipe.classification.validation_split)
-    return data

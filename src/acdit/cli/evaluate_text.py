@@ -6,12 +6,11 @@ import argparse
 import dataclasses
 import math
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from acdit.cli.models import averaging_of, load_text_pipeline
-from acdit.cli.parser import positive
+from acdit.cli.parser import positive, refuse_given
 
 if TYPE_CHECKING:
     from acdit.data.text import TextDataset
@@ -58,33 +57,29 @@ def evaluate_text(options: argparse.Namespace) -> None:
 
 
 def _measure(options: argparse.Namespace, processes: Processes) -> None:
-    import torch
 
-    from acdit import storage
+    from acdit import provenance, storage
     from acdit.evaluation.perplexity import count_characters, text_bound
+    from acdit.model_folder import recipe_to_measure
 
     started = time.perf_counter()
     options.model, overrides = options.samples[0], [*options.samples[1:], *options.overrides]
     pipeline = load_text_pipeline(options, processes.device(options.device))
     model = pipeline.transformer
-    recipe = _recipe(options, overrides)
+    recipe = recipe_to_measure(options.model, options.reference, overrides)
     dataset = _dataset(recipe, pipeline)
     count = min(len(dataset), options.num_samples or len(dataset))
     given = recipe.corruption.first_token_given
-
-    def batches() -> Iterator[torch.Tensor]:
-        for start in range(0, count, options.batch_size):
-            stop = min(start + options.batch_size, count)
-            yield torch.stack([dataset[index][0] for index in range(start, stop)])
-
     estimator = options.estimator or ("rate" if model.config.time_conditioning else "count")
     bound = text_bound(
-        model, batches(), draw=estimator, num_draws=options.draws or 8, first_token_given=given, seed=options.seed,
-        processes=processes,
+        model, dataset.batches(options.batch_size, count), draw=estimator, num_draws=options.draws or 8,
+        first_token_given=given, seed=options.seed, processes=processes,
     )  # fmt: skip
     if not processes.is_first:
         return
-    characters = count_characters(dataset.tokenizer, batches(), first_token_given=given)
+    characters = count_characters(
+        dataset.tokenizer, dataset.batches(options.batch_size, count), first_token_given=given
+    )
     figures = {
         "perplexity": bound.perplexity,
         "perplexity_95": list(bound.perplexity_interval),
@@ -110,11 +105,11 @@ def _measure(options: argparse.Namespace, processes: Processes) -> None:
         "dtype": options.dtype,
         "processes": processes.size,
         "seed": options.seed,
-        **provenance_fields(),
+        **provenance.facts(),
         "seconds": round(time.perf_counter() - started, 1),
     }
     output = Path(options.output)
-    storage.write_json_atomic(output, _without_nan(figures))
+    storage.write_json_atomic(output, figures)
     low, high = bound.perplexity_interval
     print(
         f"perplexity {'' if model.layout.block_tokens == 1 else '≤ '}{bound.perplexity:.4g} "
@@ -127,39 +122,15 @@ def _measure(options: argparse.Namespace, processes: Processes) -> None:
 def _require_fitting(options: argparse.Namespace) -> None:
     from acdit.errors import ConfigError
 
-    for name in OTHERS:
-        if getattr(options, name):
-            raise ConfigError(f"--{name.replace('_', '-')}", found="a model of text", expected="pictures or clips")
+    refuse_given(options, OTHERS, found="a model of text", expected="pictures or clips")
     wrong = [text for text in options.samples[1:] if "=" not in text]
     if wrong:
         raise ConfigError("SAMPLES", found=wrong[0], expected="one model of text, and data.key=value")
 
 
-def _recipe(options: argparse.Namespace, overrides: list[str]) -> Recipe:
-    """The data to measure on: of --data, or those of the run that the model is from, another split of them."""
-    from acdit.errors import ConfigError
-    from acdit.recipe import load_recipe
-
-    beside = Path(options.model).parent / "recipe.yaml"
-    if options.reference is not None:
-        return load_recipe(options.reference, overrides)
-    if not beside.is_file():
-        raise ConfigError(
-            "--data", found="nothing, and no recipe.yaml beside the model", expected="a recipe with the data",
-            fix="--data my.yaml data.split=held_out",
-        )  # fmt: skip
-    recipe = load_recipe(beside, overrides)
-    if not any(text.startswith("data.split=") for text in overrides):
-        raise ConfigError(
-            "data.split", found=f"nothing; {recipe.data.split!r} was trained on", expected="the split to measure on",
-            fix="add data.split=held_out (or validation, test, …) behind the model",
-        )  # fmt: skip
-    return recipe
-
-
 def _dataset(recipe: Recipe, pipeline: Any) -> TextDataset:
     from acdit.codecs import require_vocabulary
-    from acdit.data.build import TEXT_KINDS, build_dataset
+    from acdit.data.build import TEXT_KINDS, as_measured, build_dataset
     from acdit.data.text import TextDataset
     from acdit.errors import ConfigError
 
@@ -171,7 +142,7 @@ def _dataset(recipe: Recipe, pipeline: Any) -> TextDataset:
             "data.sequence_length", found=str(recipe.data.sequence_length), expected=f"{tokens}, the model's context",
             fix=f"add data.sequence_length={tokens}",
         )  # fmt: skip
-    dataset = build_dataset(dataclasses.replace(recipe.data, crop="center"), tokenizer=pipeline.tokenizer)
+    dataset = build_dataset(as_measured(recipe.data), tokenizer=pipeline.tokenizer)
     if not isinstance(dataset, TextDataset):
         raise ConfigError(
             "data.streaming", found="true", expected="false: a split is measured whole",
@@ -179,24 +150,3 @@ def _dataset(recipe: Recipe, pipeline: Any) -> TextDataset:
         )  # fmt: skip
     require_vocabulary(dataset.tokenizer, pipeline.transformer.config.vocab_size)
     return dataset
-
-
-def provenance_fields() -> dict[str, Any]:
-    """Command, commit, versions and machine."""
-    from acdit import provenance
-
-    return {
-        "command": provenance.command_line(), "commit": provenance.commit(), "versions": provenance.versions(),
-        "machine": provenance.machine(),
-    }  # fmt: skip
-
-
-def _without_nan(figures: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN and no infinity: what was not measured is null."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, list):
-            return [plain(one) for one in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    return {name: plain(value) for name, value in figures.items()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -60,13 +59,13 @@ def _finetune(options: argparse.Namespace) -> None:
 
 def evaluation(recipe: Any) -> Any:
     """What measures the classifier while it learns; None: nothing."""
-    from acdit.data.build import build_dataset
+    from acdit.data.build import as_measured, build_dataset
     from acdit.evaluation.classification import measure_accuracy
 
     if recipe.classification is None or recipe.classification.validation_split is None:
         return None
     split = recipe.classification.validation_split
-    dataset: Any = build_dataset(dataclasses.replace(recipe.data, split=split, crop="center", flip=False))
+    dataset: Any = build_dataset(as_measured(recipe.data, split))
 
     def evaluate(classifier: Any, step: int) -> dict[str, float]:
         figures = measure_accuracy(classifier, dataset)

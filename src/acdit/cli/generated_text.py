@@ -6,23 +6,21 @@ import argparse
 import time
 from pathlib import Path
 
-from acdit.cli.evaluate_text import OTHERS, provenance_fields
+from acdit.cli.evaluate_text import OTHERS
+from acdit.cli.parser import refuse_given
 
 
 def evaluate_generated(options: argparse.Namespace) -> None:
     """Generative perplexity and the texts' entropy, into the result file."""
-    from acdit import storage
+    from acdit import provenance, storage
     from acdit.codecs import load_tokenizer
     from acdit.errors import ConfigError
     from acdit.evaluation.generated_text import judge_texts, read_texts
     from acdit.evaluation.gpt2 import load_gpt2
 
     started = time.perf_counter()
-    for name in (*OTHERS, "reference", "estimator", "draws"):
-        if getattr(options, name):
-            raise ConfigError(
-                f"--{name.replace('_', '-')}", found="--language-model", expected="texts and a GPT-2 to judge them by"
-            )
+    others = (*OTHERS, "reference", "estimator", "draws")
+    refuse_given(options, others, found="--language-model", expected="texts and a GPT-2 to judge them by")
     if not options.samples:
         raise ConfigError(
             "SAMPLES", found="nothing", expected="texts: .txt files, or folders of them",
@@ -43,7 +41,7 @@ def evaluate_generated(options: argparse.Namespace) -> None:
         "protocol": f"tokenised anew by the judge, pieces of {judge.config.n_positions} tokens, the first of each not "
         "scored; entropy in nats of the tokens' frequencies inside a text, averaged over texts",
         "samples": list(map(str, options.samples)),
-        **provenance_fields(),
+        **provenance.facts(),
         "seconds": round(time.perf_counter() - started, 1),
     }
     output = Path(options.output)

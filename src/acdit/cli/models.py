@@ -57,7 +57,7 @@ def load_pipeline(options: argparse.Namespace, device: Any = None) -> Any:
     folder = Path(options.model)
     _require_whole(folder, options.model)
     dtype = getattr(torch, _DTYPES[options.dtype])
-    chosen = chosen_device(device or options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    chosen = chosen_device(device or options.device)
     try:
         pipeline = ACDiTPipeline.from_pretrained(options.model)
     except (OSError, ValueError) as error:
@@ -125,7 +125,7 @@ def load_text_pipeline(options: argparse.Namespace, device: Any = None) -> Any:
             raise ConfigError(f"--{name.replace('_', '-')}", found="a model of text", expected="a model of pictures")
     folder = Path(options.model)
     _require_whole(folder, options.model)
-    chosen = chosen_device(device or options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    chosen = chosen_device(device or options.device)
     try:
         pipeline = ACDiTTextPipeline.from_pretrained(options.model)
     except (OSError, ValueError) as error:
@@ -140,20 +140,14 @@ def load_text_pipeline(options: argparse.Namespace, device: Any = None) -> Any:
 
 def _require_whole(folder: Path, named: str) -> None:
     """A folder that is there must be a pipeline's, and undamaged where its manifest can tell."""
-    from acdit import storage
-    from acdit.errors import ConfigError
+    from acdit.model_folder import require_whole
 
-    if not (folder / "model_index.json").is_file() and (folder.exists() or named.startswith((".", "/", "runs/"))):
-        raise ConfigError(
-            f"model {named}", found="no model_index.json there", expected="the folder of a saved pipeline",
-            fix="train one (make demo leaves runs/demo/model), or check the path",
-        )  # fmt: skip
-    if storage.is_committed(folder):
-        storage.verify(folder)
+    if folder.exists() or named.startswith((".", "/", "runs/")):  # else a name on the hub
+        require_whole(named)
 
 
-def chosen_device(wanted: Any) -> Any:
-    """A torch device that is there.
+def chosen_device(wanted: Any = None) -> Any:
+    """A torch device that is there; None: cuda where there is one.
 
     Raises:
         ConfigError: it is not.
@@ -162,6 +156,8 @@ def chosen_device(wanted: Any) -> Any:
 
     from acdit.errors import ConfigError, first_line
 
+    if wanted is None:
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(wanted)
         torch.empty(1, device=device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 AddCommand = Callable[..., argparse.ArgumentParser]
@@ -40,6 +40,15 @@ def seed(text: str) -> int:
     if not 0 <= value < 2**63:
         raise argparse.ArgumentTypeError(f"{value} is not in 0 … 2^63 - 1")
     return value
+
+
+def refuse_given(options: argparse.Namespace, names: Iterable[str], found: str, expected: str) -> None:
+    """Raises ConfigError for the first of the options that was given (is neither empty, nor 0, nor false)."""
+    from acdit.errors import ConfigError
+
+    for name in names:
+        if getattr(options, name):
+            raise ConfigError(f"--{name.replace('_', '-')}", found=found, expected=expected)
 
 
 def version() -> str:

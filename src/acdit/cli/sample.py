@@ -136,9 +136,7 @@ def _sample_many(options: argparse.Namespace) -> None:
             **store.description,
             "ema": averaging_of(options.model),
             "batch_size": options.batch_size,
-            "command": provenance.command_line(),
-            "commit": provenance.commit(),
-            "versions": provenance.versions(),
+            **provenance.facts(),
         }
         if options.npz:
             write_npz(store, options.npz, record, settings.labels_of(0, options.num_samples))

@@ -84,8 +84,7 @@ def sample_texts(options: argparse.Namespace) -> None:
         return
     record = {
         "model": options.model, "prompt": prompt, "num_samples": count, "seed": options.seed, **settings,
-        "dtype": options.dtype, "ema": averaging_of(options.model), "command": provenance.command_line(),
-        "commit": provenance.commit(), "versions": provenance.versions(),
+        "dtype": options.dtype, "ema": averaging_of(options.model), **provenance.facts(),
     }  # fmt: skip
     storage.write_json_atomic(output / "settings.json", record)
     print(f"{count} texts in {output}", file=sys.stderr)

@@ -108,6 +108,19 @@ def require_used(recipe: DataRecipe) -> None:
             )  # fmt: skip
 
 
+def as_measured(recipe: DataRecipe, split: str | None = None) -> DataRecipe:
+    """The data with all chosen once that training chooses at random: nothing mirrored, the middle of what is cropped.
+
+    Args:
+        recipe: as trained on.
+        split: another one.
+    """
+    start = "center" if recipe.kind == "clips" and recipe.start == "random" else recipe.start
+    return dataclasses.replace(
+        recipe, flip=False, crop="center", start=start, split=recipe.split if split is None else split
+    )
+
+
 def build_dataset(
     recipe: DataRecipe, posterior: str = "mode", clips_per_file: int = 1, tokenizer: Tokenizer | None = None
 ) -> Dataset | StreamDataset:

@@ -15,7 +15,7 @@ are no longer seen once an epoch each.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +137,12 @@ class TextDataset:
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """int64 (S,) and 0."""
         return self.cropped(index, (0.0,))
+
+    def batches(self, size: int, count: int | None = None) -> Iterator[Tensor]:
+        """(B, S) int64 of consecutive sequences, up to `size` at a time; of the first `count`, or of all."""
+        stop = len(self) if count is None else count
+        for start in range(0, stop, size):
+            yield torch.stack([self[index][0] for index in range(start, min(start + size, stop))])
 
     def cropped(self, index: int, place: Sequence[float] | None) -> tuple[Tensor, int]:
         """As `[index]`, from a token of the chunk on that the first draw (in [0, 1)) says."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -11,23 +10,8 @@ from acdit.classifiers import ACDiTClassifier
 from acdit.codecs import CachedLatentsCodec
 from acdit.data.latents import LatentsDataset
 from acdit.errors import ConfigError, DataError
+from acdit.evaluation.intervals import wilson_interval
 from acdit.processes import Processes
-
-_Z95 = 1.959963984540054  # the normal quantile of 0.975
-
-
-def wilson_interval(right: int, total: int, z: float = _Z95) -> tuple[float, float]:
-    """Wilson's score interval of a share (Wilson 1927): never beyond [0, 1], sane at 0 and at `total`.
-
-    Args:
-        right: successes.
-        total: trials, at least one.
-        z: normal quantile; the default is for 95 %.
-    """
-    share, spread = right / total, z * z / total
-    centre = (share + spread / 2) / (1 + spread)
-    half = z / (1 + spread) * math.sqrt(share * (1 - share) / total + spread / (4 * total))
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 @torch.no_grad()

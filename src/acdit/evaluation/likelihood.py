@@ -33,11 +33,11 @@ from torch import Tensor
 from acdit import draws
 from acdit.corruption import GaussianCorruption
 from acdit.errors import ConfigError, DataError, NonFiniteError
+from acdit.evaluation.intervals import NORMAL_95
 from acdit.model import ACDiTTransformer
 
 VARIANCES = ("large", "small")
 PARTS = ("prior", "diffusion", "decoder")
-_NORMAL_95 = 1.959963984540054
 _UNIFORM_SHARE = 0.2
 """Of the timesteps that are drawn evenly, whatever the schedule says."""
 _AT_ONCE = 16
@@ -247,7 +247,7 @@ def gaussian_bound(
     mean = sums / (seen * num_draws) * bits
     half = torch.full_like(spread, math.inf)
     if num_draws > 1:
-        half = _NORMAL_95 * (spread / num_draws).sqrt() / seen * bits
+        half = NORMAL_95 * (spread / num_draws).sqrt() / seen * bits
     half[-1] /= blocks
     taken = total if num_timesteps is None else 1 + min(num_timesteps, total - 1)
     return GaussianBound(

@@ -20,10 +20,9 @@ from acdit.codecs import Tokenizer
 from acdit.corruption import MaskingCorruption
 from acdit.corruption.masking import LOWEST_RATE
 from acdit.errors import ConfigError, DataError, NonFiniteError
+from acdit.evaluation.intervals import NORMAL_95
 from acdit.model import ACDiTTransformer
 from acdit.processes import Processes
-
-_NORMAL_95 = 1.959963984540054
 
 
 @dataclass(frozen=True)
@@ -139,7 +138,7 @@ def text_bound(
     spread = sum(part[1] for part in parts)
     mean = torch.stack([part[0] for part in parts]).sum(0) / (sequences * num_draws)
     nats = float(mean.sum()) / counted
-    half = math.inf if num_draws == 1 and length > 1 else _NORMAL_95 * math.sqrt(spread / num_draws) / sequences
+    half = math.inf if num_draws == 1 and length > 1 else NORMAL_95 * math.sqrt(spread / num_draws) / sequences
     return TextBound(
         nats_per_token=nats,
         interval=(nats - half, nats + half),

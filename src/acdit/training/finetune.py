@@ -23,7 +23,7 @@ from acdit import draws, provenance, storage
 from acdit.chunks import ChunkStore, make_missing
 from acdit.classifiers import FOLDER, ACDiTClassifier
 from acdit.corruption import GaussianCorruption
-from acdit.data.build import length
+from acdit.data.build import as_measured, length
 from acdit.errors import ConfigError, StorageError
 from acdit.heads import ClassificationHead, Classifier
 from acdit.model import ACDiTTransformer
@@ -217,7 +217,7 @@ class ClassifierTrainer(Trainer):
     def _features_once(self) -> bool:
         """Whether a sample's features are the same whenever it is seen."""
         settings, data = classification(self.recipe), self.recipe.data
-        changing = data.flip or data.crop == "random" or (data.kind == "clips" and data.start == "random")
+        changing = as_measured(data) != data
         posterior = self.recipe.codec.posterior == "sample"
         probe = settings.tune == "head" and settings.pooling != "attentive"
         return probe and not (settings.mixup or changing or posterior or length(self.built.dataset) is None)
@@ -237,9 +237,7 @@ class ClassifierTrainer(Trainer):
         store = ChunkStore(self.run / _FEATURES, description, len(dataset), _CHUNK)
 
         def make(start: int, stop: int) -> Mapping[str, Tensor]:
-            if (
-                self._interrupted is not None
-            ):  # no step has begun: what is taken stays, and that is all there is to save
+            if self._interrupted is not None:  # no step has begun: what is taken stays, that is all there is to save
                 raise SystemExit(128 + self._interrupted)
             pooled, labels = [], []
             for first in range(start, stop, _AT_ONCE):
