@@ -18,8 +18,7 @@ from acdit.mask import CLEAN, Streams
 from acdit.model import ACDiTTransformer
 from tests import test_attention, test_cache, test_draws, test_layout, test_model, test_rope, test_sampling, test_window
 from tests.corruption import test_gaussian
-
-Plant = Callable[[pytest.MonkeyPatch], None]
+from tests.planted import Plant, require_caught
 
 
 def mask_off_by_one(patch: pytest.MonkeyPatch) -> None:
@@ -228,10 +227,4 @@ FAULTS: dict[str, tuple[Plant, Callable[[], None]]] = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_caught(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    plant, named_test = FAULTS[fault]
-    named_test()
-    torch.manual_seed(0)
-    with monkeypatch.context() as patch:
-        plant(patch)
-        with pytest.raises(AssertionError):
-            named_test()
+    require_caught(*FAULTS[fault], monkeypatch)

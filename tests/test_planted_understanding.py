@@ -13,8 +13,7 @@ from acdit.heads import ClassificationHead, Pooled
 from acdit.model import ACDiTTransformer
 from tests import test_encode, test_heads
 from tests.evaluation import test_classification
-
-Plant = Callable[[pytest.MonkeyPatch], None]
+from tests.planted import Plant, require_caught
 
 
 def clean_stream_sees_everything(patch: pytest.MonkeyPatch) -> None:
@@ -95,10 +94,4 @@ FAULTS: dict[str, tuple[Plant, Callable[[], None]]] = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_caught(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    plant, named_test = FAULTS[fault]
-    named_test()
-    torch.manual_seed(0)
-    with monkeypatch.context() as patch:
-        plant(patch)
-        with pytest.raises(AssertionError):
-            named_test()
+    require_caught(*FAULTS[fault], monkeypatch)
