@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from acdit import layers
+from acdit import layers, model
 from acdit.heads import ClassificationHead, Pooled
 from acdit.model import ACDiTTransformer
 from tests import test_encode, test_heads
@@ -31,10 +31,8 @@ def label_in_the_features(patch: pytest.MonkeyPatch) -> None:
 
 
 def layers_counted_from_one(patch: pytest.MonkeyPatch) -> None:
-    indices = ACDiTTransformer._layer_indices
-    patch.setattr(
-        ACDiTTransformer, "_layer_indices", lambda self, given: [max(0, index - 1) for index in indices(self, given)]
-    )
+    indices = model.layer_indices
+    patch.setattr(model, "layer_indices", lambda given, count: [max(0, index - 1) for index in indices(given, count)])
 
 
 def pooling_without_rescaling(patch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,8 @@ from acdit.cache import KVCache
 from acdit.corruption import GaussianCorruption
 from acdit.errors import ConfigError
 from acdit.layers import RMSNorm, rms_norm, wide_dtype
-from acdit.model import ACDiTTransformer, SafetensorsOnly
+from acdit.model import ACDiTTransformer
+from acdit.safe_loading import SafetensorsOnly
 
 POOLINGS = ("mean", "blocks", "attentive")
 _EPS = 1e-6

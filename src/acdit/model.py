@@ -14,7 +14,7 @@ prediction is V logits a token. Nothing else differs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -27,11 +27,13 @@ from torch import Tensor, nn
 from acdit.attention import SinkRotation
 from acdit.cache import KVCache
 from acdit.errors import ConfigError
+from acdit.inputs import layer_indices, require_blocks, require_text, spread
 from acdit.layers import ACDiTLayer, FinalLayer, Rope, TimestepEmbedder, wide_dtype
 from acdit.layout import BlockLayout
 from acdit.mask import Streams, Window, make_window
 from acdit.positions import Positions
 from acdit.products import Linear
+from acdit.safe_loading import SafetensorsOnly
 
 PRESETS: dict[str, dict[str, int]] = {
     "B": {"num_layers": 12, "num_attention_heads": 12, "attention_head_dim": 64},
@@ -48,19 +50,6 @@ class ACDiTTransformerOutput(BaseOutput):
     """Output of `ACDiTTransformer`: `sample`, shaped like `noisy`; of text with V logits a token behind."""
 
     sample: Tensor
-
-
-class SafetensorsOnly:
-    """Put before a diffusers base class: no pickle is read by accident."""
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: Any, *, use_safetensors: bool | None = None, **options: Any
-    ) -> Any:
-        """diffusers' own, but weights come from safetensors unless `use_safetensors=False` is written out."""
-        safe = True if use_safetensors is None else use_safetensors
-        base: Any = super()  # diffusers' class, which this one stands before
-        return base.from_pretrained(pretrained_model_name_or_path, use_safetensors=safe, **options)
 
 
 class ACDiTTransformer(SafetensorsOnly, ModelMixin, ConfigMixin):
@@ -131,7 +120,7 @@ class ACDiTTransformer(SafetensorsOnly, ModelMixin, ConfigMixin):
             token_dim = self.layout.token_dim(in_channels)
             self.x_embedder: Linear | nn.Embedding = Linear(token_dim, hidden_size, bias=False)
         else:
-            self._require_text(vocab_size, in_channels)
+            require_text(self.layout, vocab_size, in_channels, _CHANNELS)
             token_dim = vocab_size
             self.x_embedder = nn.Embedding(vocab_size + 1, hidden_size)  # the last row is the mask token's
         self.t_embedder = TimestepEmbedder(hidden_size)
@@ -234,11 +223,11 @@ class ACDiTTransformer(SafetensorsOnly, ModelMixin, ConfigMixin):
 
         The layers that are keys of `found` leave what they make of the noisy blocks there, (B, C, N, L, W).
         """
-        ndim = 3 if self.mask_token is not None else 4
+        ndim = 2 + len(self._token_shape)
         count = clean.shape[1] if self.window is not None and clean.ndim == ndim else None
         with_copies = noisy.ndim == ndim + 1
-        self._require_blocks("clean", clean, ndim, count)
-        self._require_blocks("noisy", noisy, ndim + with_copies, count)
+        self._require_blocks("clean", clean, count)
+        self._require_blocks("noisy", noisy, count, with_copies)
         copies = noisy if with_copies else noisy[:, None]
         batch, num_copies, num_blocks, length = copies.shape[:4]
         if clean.shape[0] != batch:
@@ -254,11 +243,7 @@ class ACDiTTransformer(SafetensorsOnly, ModelMixin, ConfigMixin):
         sinks = self._sink_rotation(self.window, 0, num_blocks)
         last = len(self.layers) - 1
         for index, layer in enumerate(self._layers()):
-            arguments = (x, condition, rope, streams, self.attention_execution, index == last, sinks)
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
-                x = self._gradient_checkpointing_func(layer, *arguments)
-            else:
-                x = layer(*arguments)
+            x = self._run(layer, x, condition, rope, streams, self.attention_execution, index == last, sinks)
             if index in found:
                 noisy_part = x if index == last else x[:, streams.num_clean :]
                 found[index] = noisy_part.reshape(*copies.shape[:4], -1)
@@ -288,8 +273,8 @@ class ACDiTTransformer(SafetensorsOnly, ModelMixin, ConfigMixin):
         Raises:
             ConfigError: a wrong shape, a layer that is not there, a full cache, or a cache and `bidirectional`.
         """
-        wanted = self._layer_indices(layers)
-        self._require_blocks("clean", clean, 3 if self.mask_token is not None else 4, num_blocks=clean.shape[1])
+        wanted = layer_indices(layers, len(self.layers))
+        self._require_blocks("clean", clean, clean.shape[1])
         found: dict[int, Tensor] = {}
         if cache is not None:
             if bidirectional:
@@ -303,11 +288,7 @@ class ACDiTTransformer(SafetensorsOnly, ModelMixin, ConfigMixin):
         for index, layer in enumerate(self._layers()):
             if len(found) == len(set(wanted)):
                 break
-            arguments = (x, rope, streams, self.attention_execution, sinks, bidirectional)
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
-                x = self._gradient_checkpointing_func(layer.encode, *arguments)
-            else:
-                x = layer.encode(*arguments)
+            x = self._run(layer.encode, x, rope, streams, self.attention_execution, sinks, bidirectional)
             if index in wanted:
                 found[index] = x
         return [found[index] for index in wanted]
@@ -329,7 +310,7 @@ class ACDiTTransformer(SafetensorsOnly, ModelMixin, ConfigMixin):
         Returns:
             (B, N, L, W), or (B, C, N, L, W) of noisy copies, of each of `layers`, in their order.
         """
-        wanted = self._layer_indices(layers)
+        wanted = layer_indices(layers, len(self.layers))
         found = dict.fromkeys(wanted, noisy)
         _, _, copies = self._denoise_all(clean, noisy, timestep, class_labels, found)
         return [found[index] if noisy.ndim == copies.ndim else found[index][:, 0] for index in wanted]
@@ -344,7 +325,7 @@ class ACDiTTransformer(SafetensorsOnly, ModelMixin, ConfigMixin):
         Raises:
             ConfigError: a wrong shape, or a cache that is full.
         """
-        self._require_blocks("clean", clean, 3 if self.mask_token is not None else 4, num_blocks=clean.shape[1])
+        self._require_blocks("clean", clean, clean.shape[1])
         for part in self._readable(clean, cache):
             self._read(part, cache)
 
@@ -401,23 +382,22 @@ class ACDiTTransformer(SafetensorsOnly, ModelMixin, ConfigMixin):
             x = layer.denoise(x, condition, rope, cache, index)
         return self.final_layer(x, condition)
 
-    def _layer_indices(self, layers: Sequence[int] | None) -> list[int]:
-        """Layers as indices from the beginning."""
-        count = len(self.layers)
-        given = [count - 1] if layers is None else list(layers)
-        if not given or not all(-count <= index < count for index in given):
-            raise ConfigError("layers", found=str(given), expected=f"at least one of {-count} … {count - 1}")
-        return [index % count for index in given]
-
     def _layers(self) -> Iterator[ACDiTLayer]:
         return cast(Iterator[ACDiTLayer], iter(self.layers))
+
+    def _run(self, layer: Callable[..., Tensor], *arguments: Any) -> Tensor:
+        """A layer's output; what it needs for its backward is computed again there, where that is asked for."""
+        if torch.is_grad_enabled() and self.gradient_checkpointing:
+            again: Tensor = self._gradient_checkpointing_func(layer, *arguments)
+            return again
+        return layer(*arguments)
 
     def _condition(
         self, timestep: Tensor | float, class_labels: Tensor | None, shape: tuple[int, ...], keep_copies: bool = False
     ) -> Tensor:
         """emb(t) + emb(label), (*shape, W): one vector a block."""
         device = self.x_embedder.weight.device
-        t = self._spread(torch.as_tensor(timestep, device=device), shape, keep_copies)
+        t = spread(torch.as_tensor(timestep, device=device), shape, keep_copies)
         if not self.config.time_conditioning:
             t = torch.zeros((1,) * len(shape), device=device)
         embedded = self.t_embedder(t)
@@ -427,21 +407,8 @@ class ACDiTTransformer(SafetensorsOnly, ModelMixin, ConfigMixin):
             return embedded.expand(*shape, -1)
         if class_labels is None:
             class_labels = torch.tensor(self.config.num_classes, device=device)
-        labels = self.y_embedder(self._spread(class_labels.to(device), shape, keep_copies))
+        labels = self.y_embedder(spread(class_labels.to(device), shape, keep_copies))
         return (embedded + labels).expand(*shape, -1)
-
-    @staticmethod
-    def _spread(value: Tensor, shape: tuple[int, ...], keep_copies: bool) -> Tensor:
-        """A value per sample, per block or per copy and block, with size-1 axes where it does not vary."""
-        if value.ndim == 0:
-            return value.reshape((1,) * len(shape))
-        if value.ndim == 1 and value.shape[0] in (1, shape[0]):
-            return value.reshape(-1, *(1,) * (len(shape) - 1))
-        spread = value[:, None] if value.ndim == 2 and len(shape) == 3 else value
-        known = spread.ndim == len(shape) and (keep_copies or value.ndim != 3)
-        if known and all(size in (1, full) for size, full in zip(spread.shape, shape, strict=True)):
-            return spread
-        raise ConfigError("timestep or class_labels", found=f"shape {tuple(value.shape)}", expected=f"up to {shape}")
 
     def _rope(self, first_block: int, num_blocks: int) -> Rope:
         """Rotations of consecutive blocks, (num_blocks, L, 1, K)."""
@@ -453,32 +420,12 @@ class ACDiTTransformer(SafetensorsOnly, ModelMixin, ConfigMixin):
         weight = self.x_embedder.weight
         return self.positions.sink_rotation(window, first_block, num_blocks, wide_dtype(weight.dtype), weight.device)
 
-    def _require_text(self, vocab_size: int, in_channels: int) -> None:
-        if vocab_size < 1:
-            raise ConfigError("vocab_size", found=str(vocab_size), expected="at least 1")
-        if any(size != 1 for size in self.layout.patch):
-            raise ConfigError("patch", found=str(self.layout.patch), expected="1: a token of text is one cell")
-        if in_channels != _CHANNELS:
-            raise ConfigError(
-                "in_channels", found=str(in_channels), expected="nothing beside vocab_size: ids have none"
-            )
-
     @property
     def _token_shape(self) -> tuple[int, ...]:
         """(L, D), or (L,) of text."""
         length = self.layout.block_tokens
         return (length,) if self.mask_token is not None else (length, self.token_dim)
 
-    def _require_blocks(self, name: str, x: Tensor, ndim: int, num_blocks: int | None = None) -> None:
+    def _require_blocks(self, name: str, x: Tensor, num_blocks: int | None = None, copies: bool = False) -> None:
         blocks = self.layout.num_blocks if num_blocks is None else num_blocks
-        tail = (blocks, *self._token_shape)
-        if x.ndim != ndim or tuple(x.shape[-len(tail) :]) != tail:
-            raise ConfigError(
-                name,
-                found=f"shape {tuple(x.shape)}",
-                expected=f"(B, {', '.join(map(str, tail))})"
-                + (", or (B, C, …) for C noisy copies" * (name == "noisy")),
-                fix="cut the data with model.layout.to_blocks",
-            )
-        if self.mask_token is not None and x.dtype not in (torch.int64, torch.int32):
-            raise ConfigError(name, found=str(x.dtype), expected="token ids, torch.int64")
+        require_blocks(name, x, (blocks, *self._token_shape), copies, ids=self.mask_token is not None)

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from acdit.codecs import PixelCodec, VAECodec
 from acdit.errors import ConfigError
-from acdit.model import ACDiTTransformer, SafetensorsOnly
+from acdit.model import ACDiTTransformer
+from acdit.safe_loading import SafetensorsOnly
 from acdit.sampling import DenoisingStep, Generators, sample_blocks
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")

@@ -14,7 +14,8 @@ from diffusers.utils import BaseOutput
 
 from acdit.codecs import load_tokenizer, require_vocabulary
 from acdit.errors import ConfigError
-from acdit.model import ACDiTTransformer, SafetensorsOnly
+from acdit.model import ACDiTTransformer
+from acdit.safe_loading import SafetensorsOnly
 from acdit.sampling import Generators
 from acdit.text_sampling import (
     AncestralSampler,
