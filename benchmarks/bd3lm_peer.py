@@ -92,6 +92,7 @@ def load_bd3lms(checkout: Path) -> ModuleType:
     """
     require_bd3lms(checkout)
     timm, scheduler = ModuleType("timm"), ModuleType("timm.scheduler")
+    # A module made here has no attributes that a type checker knows.
     scheduler.CosineLRScheduler = type("CosineLRScheduler", (), {})  # type: ignore[attr-defined]
     sys.modules.update({"timm": timm, "timm.scheduler": scheduler})
     sys.path.insert(0, str(checkout))

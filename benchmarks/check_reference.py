@@ -76,7 +76,7 @@ def our_sample(model: ACDiTTransformer, labels: Tensor, noises: Tensor, steps: i
     remaining = iter(noises)
     drawn = sampling._noise
     # The same noise for both sides: the module's own draw gives way.
-    sampling._noise = lambda *_: next(remaining)  # type: ignore[assignment]
+    sampling._noise = lambda *_: next(remaining)  # type: ignore[assignment]  # their noise in the place of ours
     try:
         with LiftedCasts() if lifted else contextlib.nullcontext():
             blocks = sampling.sample_blocks(

@@ -55,7 +55,7 @@ def require_av() -> None:
         ConfigError: it is not installed.
     """
     try:
-        import av  # noqa: F401
+        import av  # noqa: F401 (only whether it is there)
     except ImportError as error:
         raise ConfigError(
             "data.kind=clips", found=f"no library `av` ({first_line(error)})", expected="the extra `video`",

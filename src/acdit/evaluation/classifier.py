@@ -45,7 +45,7 @@ class PictureClassifier(nn.Module):
         return float((predicted == labels).double().mean())
 
     def _features(self, values: Tensor) -> Tensor:
-        raise NotImplementedError
+        raise NotImplementedError  # of each kind its own
 
 
 class SmallClassifier(PictureClassifier):
