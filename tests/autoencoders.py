@@ -10,6 +10,8 @@ import torch
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, VQModel
 from PIL import Image
 
+from acdit.cli import main
+
 
 def kl(seed: int = 0, **options: Any) -> AutoencoderKL:
     """Factor 2, a few thousand random weights; latents of about unit variance once scaled."""
@@ -58,3 +60,14 @@ def picture_folder(root: Path, classes: int = 2, per_class: int = 5, edge: int =
             pixels = rng.integers(0, 256, (edge + index, edge + 7, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(root / f"class-{label}" / f"{index}.png")
     return root
+
+
+def two_encodings(base: Path) -> Path:
+    """In `base`: pictures, vae, and two encodings of them, mode (bf16) and moments (fp32), both views."""
+    picture_folder(base / "pictures")
+    kl().save_pretrained(base / "vae")
+    for posterior, dtype in (("mode", "bf16"), ("moments", "fp32")):
+        arguments = ["encode", str(base / "pictures"), "--vae", str(base / "vae"), "--size", "16", "--flips"]
+        arguments += ["--posterior", posterior, "--dtype", dtype, "--shard-size", "4", "--device", "cpu"]
+        assert main([*arguments, "--output", str(base / posterior)]) == 0
+    return base

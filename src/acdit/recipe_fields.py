@@ -211,9 +211,9 @@ class ClassificationRecipe:
 
     `tune` is what learns: "head" (a probe: the model is frozen) or "all". `pooling` is what becomes of the tokens:
     their "mean", the means of "blocks" side by side, or an "attentive" average with a learned query of `heads` heads.
-    `layers` whose outputs are read, 0 …
-    or from the end −1 …; several stand side by side. `bidirectional`: every block sees every block (tune=all).
-    `noise_timestep`: features come from the noisy stream at this timestep instead, as DiT has no other; None: clean.
+    `layers` whose outputs are read, 0 … or from the end −1 …; several stand side by side. `bidirectional`: every block
+    sees every block (tune=all). `noise_timestep`: features come from the noisy stream at this timestep instead, as DiT
+    has no other; None: clean.
 
     `layer_decay`: each layer below the head learns at this share of the rate of the one above (tune=all). `mixup`: the
     parameter of the Beta distribution of the shares in which neighbours of a batch are mixed; 0: none.

@@ -17,7 +17,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from acdit import storage
-from acdit.cli import main
 from acdit.data import LatentsDataset
 from acdit.data.latents import read_manifest
 from acdit.errors import ConfigError, DataError, NonFiniteError, StorageError
@@ -38,15 +37,7 @@ MODEL = {
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """pictures, vae, and two encodings of them: modes in bf16 and moments in fp32, both views."""
-    base = tmp_path_factory.mktemp("latents")
-    autoencoders.picture_folder(base / "pictures")
-    autoencoders.kl().save_pretrained(base / "vae")
-    for posterior, dtype in (("mode", "bf16"), ("moments", "fp32")):
-        arguments = ["encode", str(base / "pictures"), "--vae", str(base / "vae"), "--size", "16", "--flips"]
-        arguments += ["--posterior", posterior, "--dtype", dtype, "--shard-size", "4", "--device", "cpu"]
-        assert main([*arguments, "--output", str(base / posterior)]) == 0
-    return base
+    return autoencoders.two_encodings(tmp_path_factory.mktemp("latents"))
 
 
 def latents_recipe(base: Path, root: Path, **overrides: Any) -> Any:

@@ -30,15 +30,7 @@ MODEL = {
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """pictures, vae, and two encodings of them: modes and moments, both views."""
-    base = tmp_path_factory.mktemp("latents")
-    autoencoders.picture_folder(base / "pictures")
-    autoencoders.kl().save_pretrained(base / "vae")
-    for posterior, dtype in (("mode", "bf16"), ("moments", "fp32")):
-        arguments = ["encode", str(base / "pictures"), "--vae", str(base / "vae"), "--size", "16", "--flips"]
-        arguments += ["--posterior", posterior, "--dtype", dtype, "--shard-size", "4", "--device", "cpu"]
-        assert main([*arguments, "--output", str(base / posterior)]) == 0
-    return base
+    return autoencoders.two_encodings(tmp_path_factory.mktemp("latents"))
 
 
 def recipe(base: Path, cached: str | None = "mode", **overrides: Any) -> Recipe:

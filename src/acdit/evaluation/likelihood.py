@@ -71,21 +71,16 @@ class BlockBound:
 
     bits_per_dim: float
     interval: tuple[float, float]
+    """95 %, of the draws of timesteps and noise for these samples; it does not speak of other samples."""
     prior: float
     diffusion: float
     decoder: float
 
 
 @dataclass(frozen=True)
-class GaussianBound:
-    """What a split costs a model, in bits a dimension."""
+class GaussianBound(BlockBound):
+    """What a split costs a model, in bits a dimension of the whole."""
 
-    bits_per_dim: float
-    interval: tuple[float, float]
-    """95 %, of the draws of timesteps and noise for these samples; it does not speak of other samples."""
-    prior: float
-    diffusion: float
-    decoder: float
     by_block: list[BlockBound] = field(repr=False)
     samples: int
     dimensions: int
