@@ -159,8 +159,10 @@ def test_a_full_disk_names_the_bytes_and_keeps_the_old(tmp_path: Path) -> None:
     assert [place.name for place in tmp_path.iterdir()] == ["checkpoint-1"]
 
 
-def test_json_has_no_nan_and_no_infinity(tmp_path: Path) -> None:
-    storage.write_json_atomic(tmp_path / "a.json", {"x": [1.5, float("nan"), (float("-inf"), "y")], "n": None})
+def test_figures_have_no_nan_and_no_infinity_and_settings_keep_them(tmp_path: Path) -> None:
+    storage.write_json_atomic(tmp_path / "b.json", {"low": float("-inf")})
+    assert json.loads((tmp_path / "b.json").read_text(encoding="utf-8")) == {"low": float("-inf")}
+    storage.write_figures(tmp_path / "a.json", {"x": [1.5, float("nan"), (float("-inf"), "y")], "n": None})
     text = (tmp_path / "a.json").read_text(encoding="utf-8")
     assert json.loads(text) == {"x": [1.5, None, [None, "y"]], "n": None}
     assert "NaN" not in text

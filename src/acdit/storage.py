@@ -145,9 +145,14 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def write_json_atomic(path: str | Path, value: Any) -> None:
-    """Write a JSON file wholly or not at all; raises as `write_text_atomic`. NaN and infinity, which JSON has not, are
-    null: what was not measured."""
-    write_text_atomic(path, json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    """Write a JSON file wholly or not at all; raises as `write_text_atomic`. NaN and infinity stay as Python writes and
+    reads them: settings may hold them."""
+    write_text_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_figures(path: str | Path, figures: Any) -> None:
+    """`write_json_atomic` of results, for others than Python too: NaN and infinity, which JSON has not, are null."""
+    write_json_atomic(path, _finite(figures))
 
 
 def _finite(value: Any) -> Any:

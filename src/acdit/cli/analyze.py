@@ -173,7 +173,7 @@ def write_figures(output: Path, figures: dict[str, Any]) -> None:
     """The result file, with where its figures come from."""
     from acdit import provenance, storage
 
-    storage.write_json_atomic(output, {**figures, **provenance.facts()})
+    storage.write_figures(output, {**figures, **provenance.facts()})
 
 
 def _flops(options: argparse.Namespace) -> None:

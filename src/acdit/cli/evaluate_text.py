@@ -109,7 +109,7 @@ def _measure(options: argparse.Namespace, processes: Processes) -> None:
         "seconds": round(time.perf_counter() - started, 1),
     }
     output = Path(options.output)
-    storage.write_json_atomic(output, figures)
+    storage.write_figures(output, figures)
     low, high = bound.perplexity_interval
     print(
         f"perplexity {'' if model.layout.block_tokens == 1 else '≤ '}{bound.perplexity:.4g} "
