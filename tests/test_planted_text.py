@@ -62,7 +62,7 @@ def unmasked_tokens_predicted(patch: pytest.MonkeyPatch) -> None:
 
 
 def interval_of_one_deviation(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(perplexity, "_NORMAL_95", 0.7)
+    patch.setattr(perplexity, "NORMAL_95", 0.7)
 
 
 def bound_at_high_rates_only(patch: pytest.MonkeyPatch) -> None:
