@@ -68,8 +68,8 @@ def label_leaks_into_the_clean_stream(patch: pytest.MonkeyPatch) -> None:
 def clean_tokens_gated(patch: pytest.MonkeyPatch) -> None:
     modulation = ACDiTLayer._modulation
 
-    def gated(self: ACDiTLayer, condition: torch.Tensor, num_clean: int) -> Modulation:
-        made = modulation(self, condition, num_clean)
+    def gated(self: ACDiTLayer, condition: torch.Tensor, num_clean: int = 0, num_noisy: int = -1) -> Modulation:
+        made = modulation(self, condition, num_clean, num_noisy)
         if num_clean:
             made.gate_mlp[:, :num_clean] = 0
         return made

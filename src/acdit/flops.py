@@ -56,6 +56,10 @@ class Architecture:
             time_conditioning=config.get("time_conditioning", True),
         )
 
+    def conditions(self, blocks: int) -> int:
+        """Different adaLN conditions of so many noisy blocks: text without a timestep has one for all."""
+        return 1 if not self.time_conditioning and self.num_classes is None else blocks
+
     @property
     def width(self) -> int:
         """W."""
@@ -163,7 +167,7 @@ def training_flops(arch: Architecture, batch: int, copies: int = 1, checkpointin
     without_input_gradient = parts.embeddings - 2 * w * w * embedded
     flops = 3 * products - without_input_gradient + (1 + _BACKWARD_OF_ATTENTION) * parts.attention
     if checkpointing == "layers":
-        flops += parts.layers + arch.num_layers * noisy * _adaln_of_a_layer(arch)
+        flops += parts.layers + arch.num_layers * arch.conditions(noisy) * _adaln_of_a_layer(arch)
     return batch * flops
 
 
@@ -188,7 +192,7 @@ def forward_parts(arch: Architecture, copies: int = 1) -> FlopsByPart:
         # In the last layer a clean token needs its key and value only: 2 of its 4 square products.
         transformer=2 * arch.theta * (noisy * depth + clean * (depth - 1)) + 4 * w * w * clean,
         attention=4 * w * (noisy_pairs * depth + clean_pairs * (depth - 1)),
-        adaln=copies * blocks * (depth * _adaln_of_a_layer(arch) + 4 * w * w),
+        adaln=arch.conditions(copies * blocks) * (depth * _adaln_of_a_layer(arch) + 4 * w * w),
         embeddings=2 * arch.input_dim * w * (clean + noisy) + 2 * w * (FREQUENCIES + w) * embedded,
         head=2 * w * arch.token_dim * noisy,
     )
@@ -210,7 +214,7 @@ def sampling_parts(arch: Architecture, steps: int = 25, guided: bool = True) -> 
     return FlopsByPart(
         transformer=predictions * tokens * 2 * arch.theta * depth,
         attention=predictions * 4 * w * (arch.seen_blocks + blocks) * length**2 * depth,
-        adaln=predictions * blocks * (depth * _adaln_of_a_layer(arch) + 4 * w * w),
+        adaln=steps * blocks * arch.conditions(2 if guided else 1) * (depth * _adaln_of_a_layer(arch) + 4 * w * w),
         embeddings=predictions * tokens * embed + steps * blocks * 2 * w * (FREQUENCIES + w),
         head=predictions * tokens * 2 * arch.token_dim * w,
         prefill=read + 4 * w * arch.seen_clean_blocks * length**2 * (depth - 1),

@@ -202,7 +202,7 @@ class ACDiTLayer(nn.Module):
 
         Args:
             x: (B, M, L, W), clean blocks first.
-            condition: (B, C·N, W), one vector a noisy block.
+            condition: (B, C·N, W), one vector a noisy block; (1, 1, W): one for all of them.
             rope: of all M blocks.
             streams: what stands on the block axis.
             execution: see `acdit.attention`.
@@ -214,11 +214,11 @@ class ACDiTLayer(nn.Module):
         """
         clean = streams.num_clean
         if not last:
-            modulation = self._modulation(condition, clean)
+            modulation = self._modulation(condition, clean, x.shape[1] - clean)
             q, k, v = self.attn.project(self._attention_input(x, modulation), rope)
         else:
             context, x = x[:, :clean], x[:, clean:]
-            modulation = self._modulation(condition, 0)
+            modulation = self._modulation(condition)
             q, k, v = self.attn.project(self._attention_input(x, modulation), rope.blocks(clean))
             if clean:
                 clean_k, clean_v = self.attn.keys_and_values(self.norm1(context), rope.blocks(0, clean))
@@ -255,17 +255,18 @@ class ACDiTLayer(nn.Module):
 
     def denoise(self, x: Tensor, condition: Tensor, rope: Rope, cache: KVCache, index: int) -> Tensor:
         """One noisy block (G·B, L, W) against the cache and itself; the cache is only read."""
-        modulation = self._modulation(condition, 0)
+        modulation = self._modulation(condition)
         q, k, v = self.attn.project(self._attention_input(x, modulation), rope)
         return self._update(x, attend_prefix_and_own(q, k, v, *cache.prefix(index)), modulation)
 
-    def _modulation(self, condition: Tensor, num_clean: int) -> Modulation:
+    def _modulation(self, condition: Tensor, num_clean: int = 0, num_noisy: int = -1) -> Modulation:
+        """The six vectors of each noisy block; behind those of clean ones, where there are any."""
         vectors = self.modulation(condition).unflatten(-1, (6, -1))
         if num_clean:
             # Clean blocks carry the identity: shift 0, scale 0, gate 1. Exact, and one tensor for both streams.
             identity = vectors.new_tensor([0.0, 0.0, 1.0, 0.0, 0.0, 1.0])[:, None]
             clean = identity.expand(vectors.shape[0], num_clean, 6, vectors.shape[-1])
-            vectors = torch.cat([clean, vectors], dim=1)
+            vectors = torch.cat([clean, vectors.expand(-1, num_noisy, -1, -1)], dim=1)
         return Modulation(*(vector.unsqueeze(-2) for vector in vectors.unbind(-2)))
 
     def _attention_input(self, x: Tensor, modulation: Modulation) -> Tensor:

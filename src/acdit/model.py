@@ -395,7 +395,7 @@ class ACDiTTransformer(SafetensorsOnly, ModelMixin, ConfigMixin):
     def _condition(
         self, timestep: Tensor | float, class_labels: Tensor | None, shape: tuple[int, ...], keep_copies: bool = False
     ) -> Tensor:
-        """emb(t) + emb(label), (*shape, W): one vector a block."""
+        """emb(t) + emb(label), (*shape, W): one vector a block; (1, …, 1, W) where all blocks share one."""
         device = self.x_embedder.weight.device
         t = spread(torch.as_tensor(timestep, device=device), shape, keep_copies)
         if not self.config.time_conditioning:
@@ -404,7 +404,7 @@ class ACDiTTransformer(SafetensorsOnly, ModelMixin, ConfigMixin):
         if self.y_embedder is None:
             if class_labels is not None:
                 raise ConfigError("class_labels", found="labels", expected="None: this model is unconditional")
-            return embedded.expand(*shape, -1)
+            return embedded if not self.config.time_conditioning else embedded.expand(*shape, -1)
         if class_labels is None:
             class_labels = torch.tensor(self.config.num_classes, device=device)
         labels = self.y_embedder(spread(class_labels.to(device), shape, keep_copies))
