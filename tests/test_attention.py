@@ -187,6 +187,16 @@ def test_new_clean_blocks_read_the_prefix_and_each_other_causally() -> None:
     torch.testing.assert_close(attend_clean_blocks(q[:, 2:4], keys, values), full[:, 2:4], rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("length", "blocks", "expected"), [(4, 256, "dense"), (4, 257, "sdpa"), (5, 2, "sdpa"), (1, 1024, "dense")]
+)
+def test_many_tiny_blocks_of_a_short_sequence_take_one_mask_on_a_cpu(length: int, blocks: int, expected: str) -> None:
+    streams = Streams(blocks - 1, blocks, 1, length)
+    assert choose_execution("auto", torch.device("cpu"), True, streams) == expected
+    assert choose_execution("auto", torch.device("cuda"), True, streams) == "flex"
+    assert choose_execution("sdpa", torch.device("cpu"), True, streams) == "sdpa"
+
+
 def test_the_choice_is_made_by_device_overridable_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     attention._log_once.cache_clear()
     with caplog.at_level(logging.INFO, logger="acdit.attention"):
