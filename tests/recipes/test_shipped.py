@@ -212,8 +212,8 @@ def test_an_ablation_changes_what_it_is_named_after_and_its_length() -> None:
     [
         ("mnist", 196, 4, 724_868),
         ("cifar10", 256, 4, 726_412),
-        ("moving-digits", 576, 4, 329_604),
-        ("moving-digits-first", 144, 1, 329_604),
+        ("moving-digits", 16, 4, 5076368),
+        ("moving-digits-first", 4, 1, 5076368),
         ("moving-mnist", 1280, 5, 9_769_280),
         ("text", 128, 16, 1_288_001),
         ("tinyshakespeare", 256, 16, 16_558_145),
