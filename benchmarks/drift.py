@@ -205,24 +205,55 @@ def judged(frames: Tensor, labels: Tensor, judge: Any, reference: tuple[Tensor, 
     return {"frame_accuracy": accuracy, "frechet_distance": distance, "speed": speed}
 
 
+LENGTHS = (1, 2, 4, 8, 12)
+"""Stretches of a stream in the table: the first trained length, the second, the fourth, …"""
+
+
+def stretches(values: list[float], blocks: int) -> list[float]:
+    """Means over one trained length after the other."""
+    return [sum(values[start : start + blocks]) / blocks for start in range(0, len(values) - blocks + 1, blocks)]
+
+
 def draw(options: argparse.Namespace) -> None:
-    """Accuracy, distance and speed against blocks."""
+    """Accuracy, distance and speed against blocks, each the mean of one trained length; the same as a table."""
     result = json.loads((options.results / "drift.json").read_text(encoding="utf-8"))
     titles = {
         "frame_accuracy": "frames whose digit is read", "frechet_distance": "Fréchet distance to held-out frames",
         "speed": "speed, pixels a frame",
     }  # fmt: skip
-    heading = f"{result['streams']} streams, {result['num_inference_steps']} solver steps a block"
+    blocks = result["trained_blocks"]
+    heading = (
+        f"{result['streams']} streams, {result['num_inference_steps']} solver steps a block; means of {blocks} blocks"
+    )
+    curves: dict[str, dict[str, list[float]]] = {}
+    for name, figures in result["over_blocks"].items():
+        kept = {metric: figures[metric] for metric in titles}
+        # A window of the trained length hides nothing in training: models can be one, and their streams too.
+        same = next((other for other, known in curves.items() if known == kept), None)
+        if same is not None:
+            curves = {f"{key} = {name}" if key == same else key: value for key, value in curves.items()}
+        else:
+            curves[name] = kept
     with panels(options.results / "drift.png", list(titles.values()), heading) as axes:
         for panel, metric in zip(axes, titles, strict=True):
-            for name, figures in result["over_blocks"].items():
-                values = figures[metric]
-                panel.plot(range(1, len(values) + 1), values, label=name, linewidth=1.3)
+            for name, figures in curves.items():
+                values = stretches(figures[metric], blocks)
+                middles = [blocks * place + (blocks + 1) / 2 for place in range(len(values))]
+                panel.plot(middles, values, "o-", label=name, linewidth=1.3, markersize=3)
             panel.axhline(result["real"][metric][0], color="#888", linestyle="--", linewidth=1, label="real clips")
-            panel.axvline(result["trained_blocks"], color="#bbb", linestyle=":", linewidth=1)
+            panel.axvline(blocks + 0.5, color="#bbb", linestyle=":", linewidth=1)
             panel.set(xlabel="block", yscale="log" if metric == "frechet_distance" else "linear")
         axes[-1].legend(fontsize=7, frameon=False)
-    print(f"see {options.results}/drift.json, drift.png")
+    lengths = [place for place in LENGTHS if place * blocks <= result["blocks"]]
+    rows = ["| | stream | " + " | ".join(f"{place} ×" for place in lengths), "|---" * (2 + len(lengths))]
+    for metric, title in titles.items():
+        places = ".1f" if metric == "frechet_distance" else ".3f"
+        for name, figures in curves.items():
+            means = stretches(figures[metric], blocks)
+            cells = [f"{means[place - 1]:{places}}" for place in lengths]
+            rows.append(f"| {title} (real clips: {result['real'][metric][0]:{places}}) | {name} | " + " | ".join(cells))
+    storage.write_text_atomic(options.results / "drift.md", "".join(f"{row} |\n" for row in rows))
+    print(f"see {options.results}/drift.json, drift.md, drift.png")
 
 
 if __name__ == "__main__":
