@@ -106,6 +106,7 @@ def test_importing_what_was_installed_is_quick_and_touches_nothing(built: tuple[
 
 
 @pytest.mark.campaign
+@pytest.mark.timeout(1500)
 def test_an_empty_environment_takes_the_wheel_trains_and_draws(built: tuple[Path, Path], tmp_path: Path) -> None:
     """Only the core: nothing of the extras, whose absence is told in one line."""
     environment = tmp_path / "venv"
