@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 REFERENCE ?=
 
-.PHONY: venv demo demo-video demo-text test test-all lint format bench clean
+.PHONY: venv demo demo-video demo-text test test-all lint format docs bench clean
 
 venv: $(READY)
 
@@ -43,6 +43,11 @@ lint: $(READY)
 format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# The documentation as a site in build/site; a broken link or anchor ends it. The suite builds it too (tests/docs).
+docs: $(READY)
+	$(BIN)/mkdocs build --quiet --strict
+	@echo "look at build/site/index.html"
 
 bench: $(READY)
 	$(BIN)/python benchmarks/bench.py $(if $(REFERENCE),--reference $(REFERENCE))
