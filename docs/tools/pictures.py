@@ -1,6 +1,6 @@
 """The pictures of docs/concepts.md, made by the library's own layout, mask, schedule and cache.
 
-    python docs/tools/pictures.py            # writes docs/images/concepts-*.png; the same bytes every time
+`python docs/tools/pictures.py` writes docs/images/concepts-*.png.
 """
 
 from __future__ import annotations

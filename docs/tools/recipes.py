@@ -1,6 +1,6 @@
 """The generated part of docs/recipes.md: a row and a command for every shipped recipe.
 
-    python docs/tools/recipes.py            # rewrites what stands between the two markers
+`python docs/tools/recipes.py` rewrites what stands between the two markers.
 """
 
 from __future__ import annotations

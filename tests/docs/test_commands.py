@@ -1,4 +1,4 @@
-"""Every command in the README and on the pages is one: the real parser, recipe reader, Makefile and benchmarks take it."""
+"""Every command in the README and on the pages is one: the real parser, recipe reader and Makefile take it."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def _recipe(name: str, overrides: list[str]) -> Recipe:
     return load_recipe(STANDS_FOR.get(name, name), overrides)
 
 
-class _Parsed(Exception):  # noqa: N818 (no error: it says that parsing has ended well)
+class _Parsed(Exception):
     """A program's options were read."""
 
 
