@@ -43,8 +43,8 @@ def generated() -> str:
     return "\n".join(parts).rstrip("\n")
 
 
-_HEAD = "| recipe | data | grid → tokens | blocks | layers × width | parameters | batch | length |"
-_RULE = "|---|---|---|---|---|---|---|---|"
+_HEAD = "| recipe | data | grid → tokens | blocks | layers × width | parameters | batch × length |"
+_RULE = "|---|---|---|---|---|---|---|"
 
 
 def _row(name: str) -> str:
@@ -57,7 +57,7 @@ def _row(name: str) -> str:
     parameters = "by vocabulary" if _open_vocabulary(recipe) else f"{size.parameters:,}"
     grid = f"{'×'.join(map(str, layout.grid))} → {prod(layout.token_grid):,}"
     cells = [f"`{name}`", recipe.data.kind, grid, blocks, f"{size.num_layers} × {size.width}", parameters]
-    return "| " + " | ".join([*cells, f"{recipe.optim.batch_size:,}", length]) + " |"
+    return "| " + " | ".join([*cells, f"{recipe.optim.batch_size:,} × {length}"]) + " |"
 
 
 def _open_vocabulary(recipe: Recipe) -> bool:

@@ -84,7 +84,7 @@ def test_a_broken_link_or_anchor_ends_the_build(tmp_path: Path, link: str) -> No
     docs.mkdir()
     (docs / "other.md").write_text("# Other\n\n## There\n", encoding="utf-8")
     config = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
-    for name in ("nav", "hooks"):
+    for name in ("nav", "hooks", "extra_css"):
         config.pop(name)
     config |= {"plugins": [], "theme": {"name": "mkdocs"}, "docs_dir": "docs", "site_dir": "site"}
     (tmp_path / "mkdocs.yml").write_text(yaml.safe_dump(config), encoding="utf-8")
