@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from acdit.cli import main
 from acdit.recipe import load_recipe
@@ -91,9 +90,4 @@ def test_python_that_fails_names_its_page(tmp_path: Path) -> None:
     block = Block(DOCS / "index.md", 7, "python", "x = 1\nassert x == 2\n", False)
     with pytest.raises(AssertionError) as caught:
         _run_python(block, {})
-    assert caught.traceback[-1].path.as_posix().endswith("docs/index.md:7")
-
-
-@pytest.fixture(autouse=True)
-def _grad() -> None:
-    torch.set_grad_enabled(True)
+    assert str(caught.traceback[-1].path).endswith("docs/index.md:7")
