@@ -145,6 +145,46 @@ def plot_scaling(runs: Sequence[Mapping[str, Any]], fit: Mapping[str, Any] | Non
         axes[1].legend(fontsize=7)
 
 
+def plot_arms(
+    metrics: Sequence[Mapping[str, Any]], path: str | Path, heading: str, axis: str, log_axis: bool = False
+) -> None:
+    """A panel a metric: means of arms with their intervals, and every value.
+
+    Args:
+        metrics: each with "title", "log" (the values' axis) and "arms": "line" (the curve it belongs to), "x", "tick",
+            "values", "mean" and "interval" (None: none is drawn).
+        path: of the PNG.
+        heading: of the picture.
+        axis: what goes to the right.
+        log_axis: its places are ratios.
+    """
+    with panels(path, [metric["title"] for metric in metrics], heading) as axes:
+        for panel, metric in zip(axes, metrics, strict=True):
+            arms = metric["arms"]
+            lines = list(dict.fromkeys(arm["line"] for arm in arms))
+            for name, colour in zip(lines, _COLOURS * len(lines), strict=False):
+                mine = sorted((arm for arm in arms if arm["line"] == name), key=lambda arm: arm["x"])
+                for arm in mine:
+                    panel.plot([arm["x"]] * len(arm["values"]), arm["values"], ".", color=colour, alpha=0.45, zorder=2)
+                    if arm["interval"] is not None:
+                        panel.vlines(arm["x"], *arm["interval"], color=colour, linewidth=1.4, zorder=2)
+                panel.plot(
+                    [arm["x"] for arm in mine], [arm["mean"] for arm in mine], "o-" if name else "o", color=colour,
+                    label=name or None, linewidth=1.3, markersize=6, zorder=3,
+                )  # fmt: skip
+            ticks = {arm["x"]: arm["tick"] for arm in arms}
+            panel.set_xscale("log" if log_axis else "linear")
+            panel.set_yscale("log" if metric["log"] else "linear")
+            panel.set_xticks(list(ticks), labels=list(ticks.values()))
+            panel.xaxis.minorticks_off()
+            if not log_axis:
+                room = 0.15 * (max(ticks) - min(ticks) or 1)
+                panel.set_xlim(min(ticks) - room, max(ticks) + room)
+            panel.set(xlabel=axis)
+            if any(lines):
+                panel.legend(fontsize=7)
+
+
 def _stacked(panel: Any, figures: Mapping[str, Any]) -> None:
     columns = [name for name in ("closed", "counted") if figures[name] is not None]
     parts = [name for name in figures["closed"] if name != "total" and figures["closed"][name]]
