@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.utils.logging import disable_progress_bar
 
 from acdit import provenance, storage
 from acdit.allocator import keep_freed_memory
@@ -78,6 +79,9 @@ class _Work:
 
     def prepare(self, worker: int) -> None:
         keep_freed_memory()
+        disable_progress_bar()  # of loading a model, once a run
+        # That pictures and tensorboard are off is meant.
+        logging.getLogger("acdit.training").setLevel(logging.ERROR)
 
     def __call__(self, item: int, progress: Progress) -> int:
         self.jobs[item].do()
@@ -99,7 +103,6 @@ def train(run: Run, cache: Path) -> Path:
     if run.parent is not None and not resumed:
         branch_from = cache / run.parent.key / f"checkpoint-{run.start}"
     started = time.perf_counter()
-    logging.getLogger("acdit.training").setLevel(logging.ERROR)  # that pictures and tensorboard are off is meant
     Trainer(run.recipe, folder, resume="latest" if resumed else None, branch_from=branch_from, progress=False).train()
     told = {
         "seconds": None if resumed else round(time.perf_counter() - started, 1),
