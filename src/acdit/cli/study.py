@@ -68,7 +68,11 @@ def _study(options: argparse.Namespace) -> None:
 def _list(options: argparse.Namespace, known: dict[str, Any]) -> None:
     from acdit.cli.parser import refuse_given
 
-    refuse_given(options, ("output", "seeds", "cache", "overrides"), "without a study", "the name of one")
+    refuse_given(options, ("output", "seeds", "cache", "data"), "given without a study", "the name of one")
+    if options.overrides:
+        from acdit.errors import ConfigError
+
+        raise ConfigError(options.overrides[0], found="given without a study", expected="the name of one before it")
     for name, study in known.items():
         print(f"{name:16} {study.figure}: {study.question}")
 
