@@ -139,11 +139,12 @@ def table(figures: Mapping[str, Any], study: Study) -> str:
     names = [metric.label for metric in study.metrics]
     lines += ["", f"| arm | {' | '.join(names)} | steps | samples seen | training FLOPs | a sample's FLOPs |"]
     lines += ["|---" * (len(names) + 5) + "|"]
+    first = figures["arms"][0]["training_flops"]
     for arm in figures["arms"]:
         shown = [_shown(metric, arm["metrics"][metric.key]) for metric in study.metrics]
         lines.append(
             f"| {arm['label']} | {' | '.join(shown)} | {arm['steps']} | {arm['samples_seen']:,} | "
-            f"{arm['training_flops']:.3g} | {arm['sample_flops']:.3g} |"
+            f"{arm['training_flops']:.3g} (× {arm['training_flops'] / first:.2f}) | {arm['sample_flops']:.3g} |"
         )
     lines += ["", figures["rule"], *(["", figures["note"]] if figures["note"] else []), ""]
     told = {run["commit_training"] for arm in figures["arms"] for run in arm["runs"]}

@@ -66,11 +66,14 @@ class Job:
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
         return self.cache / reading.run.key / "readings" / f"{self.measure}-{digest}.json"
 
-    def do(self) -> None:
-        """Train what is not trained, measure what is not measured."""
+    def do(self, progress: Progress) -> None:
+        """Train what is not trained, measure what is not measured; `progress` is asked in between whether to stop."""
+        progress(0)
         train(self.run, self.cache)
         for reading in self.missing():
+            progress(0)
             take(reading, self)
+        progress(1)
 
 
 @dataclass
@@ -84,8 +87,7 @@ class _Work:
         logging.getLogger("acdit.training").setLevel(logging.ERROR)
 
     def __call__(self, item: int, progress: Progress) -> int:
-        self.jobs[item].do()
-        progress(1)
+        self.jobs[item].do(progress)
         return item
 
 
