@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -158,28 +159,37 @@ def plot_arms(
         axis: what goes to the right.
         log_axis: its places are ratios.
     """
-    with panels(path, [metric["title"] for metric in metrics], heading) as axes:
+    from matplotlib.ticker import LogFormatter
+
+    wrapped = "\n".join(textwrap.fill(line, 80 * len(metrics)) for line in heading.splitlines())
+    with panels(path, [metric["title"] for metric in metrics], wrapped) as axes:
         for panel, metric in zip(axes, metrics, strict=True):
             arms = metric["arms"]
-            lines = list(dict.fromkeys(arm["line"] for arm in arms))
-            for name, colour in zip(lines, _COLOURS * len(lines), strict=False):
-                mine = sorted((arm for arm in arms if arm["line"] == name), key=lambda arm: arm["x"])
-                for arm in mine:
-                    panel.plot([arm["x"]] * len(arm["values"]), arm["values"], ".", color=colour, alpha=0.45, zorder=2)
-                    if arm["interval"] is not None:
-                        panel.vlines(arm["x"], *arm["interval"], color=colour, linewidth=1.4, zorder=2)
-                panel.plot(
-                    [arm["x"] for arm in mine], [arm["mean"] for arm in mine], "o-" if name else "o", color=colour,
-                    label=name or None, linewidth=1.3, markersize=6, zorder=3,
-                )  # fmt: skip
             ticks = {arm["x"]: arm["tick"] for arm in arms}
+            room = max(ticks) - min(ticks) or 1
+            lines = list(dict.fromkeys(arm["line"] for arm in arms))
+            for place, (name, colour) in enumerate(zip(lines, _COLOURS * len(lines), strict=False)):
+                # Curves stand a little beside each other, so that no interval hides another.
+                beside = place - (len(lines) - 1) / 2
+                mine = sorted((arm for arm in arms if arm["line"] == name), key=lambda arm: arm["x"])
+                xs = [arm["x"] * 1.04**beside if log_axis else arm["x"] + 0.012 * room * beside for arm in mine]
+                for x, arm in zip(xs, mine, strict=True):
+                    panel.plot([x] * len(arm["values"]), arm["values"], ".", color=colour, alpha=0.45, zorder=2)
+                    if arm["interval"] is not None:
+                        panel.vlines(x, *arm["interval"], color=colour, linewidth=1.4, zorder=2)
+                panel.plot(
+                    xs, [arm["mean"] for arm in mine], "o-" if name else "o", color=colour, label=name or None,
+                    linewidth=1.3, markersize=6, zorder=3,
+                )  # fmt: skip
             panel.set_xscale("log" if log_axis else "linear")
-            panel.set_yscale("log" if metric["log"] else "linear")
             panel.set_xticks(list(ticks), labels=list(ticks.values()))
             panel.xaxis.minorticks_off()
+            if metric["log"]:
+                panel.set_yscale("log")
+                for setter in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
+                    setter(LogFormatter(labelOnlyBase=False))
             if not log_axis:
-                room = 0.15 * (max(ticks) - min(ticks) or 1)
-                panel.set_xlim(min(ticks) - room, max(ticks) + room)
+                panel.set_xlim(min(ticks) - 0.15 * room, max(ticks) + 0.15 * room)
             panel.set(xlabel=axis)
             if any(lines):
                 panel.legend(fontsize=7)

@@ -238,7 +238,11 @@ def _decay(setting: Setting) -> Study:
         branch = Branch(_CONSTANT, _DECAY_FROM, _DECAY_TO)
         for share, label in decayed.items():
             how: dict[str, Any] = {"branch": branch} if share < 1 else {"overrides": _DECAYED}
-            arms.append(Arm(label, line=f"{words}, decayed", x=share, tick=f"{share:.0%}", weights=weights, **how))
+            arms.append(
+                Arm(
+                    label, line=f"{words}, decayed to {share:.0%}", x=share, tick=f"{share:.0%}", weights=weights, **how
+                )
+            )
             text = f"the decay lowers the distance of the {words} at equal steps, {share:.0%}"
             claims.append(Claim(text, FRECHET.key, ends(label, constant[share])))
     return _of_pictures(

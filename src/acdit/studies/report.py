@@ -176,8 +176,8 @@ def write(figures: Mapping[str, Any], study: Study, output: Path) -> list[Path]:
         }
         for metric in study.metrics
     ]  # fmt: skip
-    heading = f"{study.figure}, in small on {figures['data']}: " + "; ".join(
-        f"{one['claim']}: {one['verdict']}" for one in figures["claims"][:2]
-    )
+    seeds = ", ".join(map(str, figures["seeds"]))
+    verdicts = [f"{one['claim']}: {one['verdict']}" for one in figures["claims"]]
+    heading = "\n".join([f"{study.figure}, in small: {figures['data']}, seeds {seeds}", *verdicts])
     plot_arms(panels, files[2], heading, study.axis, study.log_axis)
     return files

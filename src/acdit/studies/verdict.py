@@ -73,6 +73,8 @@ def verdict_of(claim: Claim, contrast: Contrast) -> str:
 def leans(claim: Claim, contrast: Contrast) -> str:
     """Which way the estimate alone points, for a claim that is not resolved."""
     border = 0.0 if claim.margin is None else claim.margin
+    if contrast.estimate == border:
+        return "the means are equal"
     with_paper = contrast.estimate > border if claim.margin is None else contrast.estimate < border
     return "the means point the paper's way" if with_paper else "the means point the other way"
 
