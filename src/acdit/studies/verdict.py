@@ -20,9 +20,10 @@ from acdit.studies.study import CONTRARY, OPEN, REPRODUCES, Claim
 RULE = (
     "A claim is one contrast of the arms' mean costs (log distance; share, negated where more is better), which the "
     "paper's finding puts above 0, or below a margin. Its 95 % interval over seeds (Welch) lies there: reproduces; on "
-    "the other side: does not reproduce; it holds the border, or an arm has fewer than two seeds: not resolved. Claims "
-    "are judged one by one, without a correction for their number. Arms of a study see the same samples in the same "
-    "number of steps, unless the study varies that; training FLOPs stand beside."
+    "the other side: does not reproduce; it holds the border, or an arm has fewer than two seeds, or none has learned "
+    "enough to be compared: not resolved. Claims are judged one by one, without a correction for their number. Arms of "
+    "a study see the same samples in the same number of steps, unless the study varies that; training FLOPs stand "
+    "beside."
 )
 
 
