@@ -159,7 +159,7 @@ def plot_arms(
         axis: what goes to the right.
         log_axis: its places are ratios.
     """
-    from matplotlib.ticker import LogFormatter
+    from matplotlib.ticker import FuncFormatter, NullFormatter
 
     wrapped = "\n".join(textwrap.fill(line, 80 * len(metrics)) for line in heading.splitlines())
     with panels(path, [metric["title"] for metric in metrics], wrapped) as axes:
@@ -186,13 +186,15 @@ def plot_arms(
             panel.xaxis.minorticks_off()
             if metric["log"]:
                 panel.set_yscale("log")
-                for setter in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
-                    setter(LogFormatter(labelOnlyBase=False))
+                plain = FuncFormatter(lambda value, _: f"{value:.3g}")
+                low, high = panel.get_ylim()
+                panel.yaxis.set_major_formatter(plain)
+                panel.yaxis.set_minor_formatter(plain if high < 20 * low else NullFormatter())
             if not log_axis:
                 panel.set_xlim(min(ticks) - 0.15 * room, max(ticks) + 0.15 * room)
             panel.set(xlabel=axis)
             if any(lines):
-                panel.legend(fontsize=7)
+                panel.legend(fontsize=7, framealpha=0.5)
 
 
 def _stacked(panel: Any, figures: Mapping[str, Any]) -> None:
