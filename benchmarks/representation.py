@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -32,10 +31,10 @@ from acdit.data.build import build_dataset
 from acdit.evaluation.classification import measure_accuracy
 from acdit.evaluation.intervals import wilson_interval
 from acdit.heads import ClassificationHead, Classifier
-from acdit.layout import BlockLayout
 from acdit.model_folder import overrides_from
 from acdit.pipelines import ACDiTPipeline
 from acdit.recipe import load_recipe
+from acdit.studies.probes import fit, quarters, right
 from acdit.training import Trainer
 from acdit.training.finetune import ClassifierTrainer
 from acdit.training.history import committed_checkpoints
@@ -113,7 +112,11 @@ def probe(name: str, model: Path, level: float | None, options: argparse.Namespa
 
     def accuracy(choice: tuple[list[int], bool], seen: int, judged: dict[str, Tensor], start: int = 0) -> float:
         inputs, labels = joined(train, *choice)[:seen], train["labels"][:seen]
-        return right(fit(inputs, labels, options), joined(judged, *choice)[start:], judged["labels"][start:])
+        return right(
+            fit(inputs, labels, classes=10, steps=options.probe_steps, seed=options.seed),
+            joined(judged, *choice)[start:],
+            judged["labels"][start:],
+        )
 
     held_back = {named(choice): accuracy(choice, shown, train, shown) for choice in choices}
     best = max(choices, key=lambda one: held_back[named(one)])
@@ -140,36 +143,6 @@ def joined(features_of: dict[str, Tensor], layers: list[int], whole: bool) -> Te
     """(M, F): features of some layers side by side, of the whole picture or of its quarters."""
     parts = [features_of[f"layer-{layer}"] for layer in layers]
     return torch.cat([part.mean(2) if whole else part.flatten(1) for part in parts], dim=1)
-
-
-def quarters(tokens: Tensor, layout: BlockLayout) -> Tensor:
-    """(B, N, L, W) → (B, W, 4): means over the quarters of the picture, whatever its blocks."""
-    grid = BlockLayout(layout.token_grid, layout.block).from_blocks(tokens)
-    return F.adaptive_avg_pool2d(grid, 2).flatten(2)
-
-
-def fit(inputs: Tensor, labels: Tensor, options: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A linear classifier of standardised features: AdamW, cosine. (mean, std, weight, bias)."""
-    mean, std = inputs.mean(0), inputs.std(0).clamp(min=1e-6)
-    weight = torch.zeros(10, inputs.shape[1], requires_grad=True)
-    bias = torch.zeros(10, requires_grad=True)
-    optimizer = torch.optim.AdamW([weight, bias], lr=1e-2, weight_decay=1e-4)
-    lr_scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.probe_steps)
-    standardised = (inputs - mean) / std
-    for step in range(options.probe_steps):
-        rows = draws.keyed_generator(options.seed, "probe", step).integers(0, len(labels), 512)
-        loss = F.cross_entropy(F.linear(standardised[rows], weight, bias), labels[rows])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        lr_scheduler.step()
-    return mean, std, weight.detach(), bias.detach()
-
-
-def right(linear: tuple[Tensor, Tensor, Tensor, Tensor], inputs: Tensor, labels: Tensor) -> float:
-    """Share of the inputs whose class it says."""
-    mean, std, weight, bias = linear
-    return float((F.linear((inputs - mean) / std, weight, bias).argmax(1) == labels).double().mean())
 
 
 @torch.no_grad()

@@ -30,7 +30,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    "command", ["train", "sample", "evaluate", "convert", "demo", "recipes", "plan", "data", "encode"]
+    "command", ["train", "sample", "evaluate", "convert", "demo", "recipes", "plan", "data", "encode", "study"]
 )
 def test_every_command_explains_itself_with_an_example_and_exit_codes(
     command: str, capsys: pytest.CaptureFixture[str]

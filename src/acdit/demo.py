@@ -20,7 +20,12 @@ from acdit import pictures, provenance, storage
 from acdit.data import DigitsDataset
 from acdit.draws import first_sample_seed
 from acdit.errors import StorageError
-from acdit.evaluation import matched_frechet_distance, nearest_training_distance, train_classifier
+from acdit.evaluation import (
+    PictureClassifier,
+    matched_frechet_distance,
+    nearest_training_distance,
+    train_classifier,
+)
 from acdit.generation import SamplingSettings, draw_pictures
 from acdit.pipelines import ACDiTPipeline
 from acdit.recipe import Recipe, load_recipe
@@ -115,13 +120,24 @@ def draw_samples(pipeline: ACDiTPipeline, recipe: Recipe, labels: Tensor, seed: 
     return torch.cat(chunks)
 
 
-def measure(samples: Tensor, labels: Tensor) -> dict[str, Any]:
+def digits_judge() -> tuple[PictureClassifier, float]:
+    """The classifier that judges digits, always the same one, and its accuracy on the held-out ones.
+
+    Raises:
+        DataError: it recognises less than 0.97 of them.
+    """
+    train, held_out = DigitsDataset("train"), DigitsDataset("held_out")
+    return train_classifier(train.images, train.labels, held_out.images, held_out.labels)
+
+
+def measure(samples: Tensor, labels: Tensor, judge: tuple[PictureClassifier, float] | None = None) -> dict[str, Any]:
     """How good samples (M, 1, 8, 8) uint8 of the classes `labels` (M,) are.
 
     Classifier and class-matched draws have a seed of their own, so that figures of different runs compare.
 
     Args:
         samples, labels: at least 50 of each class.
+        judge: what `digits_judge` gave; None: trained here.
 
     Returns:
         The figures of metrics.json that concern quality.
@@ -130,7 +146,7 @@ def measure(samples: Tensor, labels: Tensor) -> dict[str, Any]:
         DataError: the classifier recognises less than 0.97 of the real held-out digits, or too few samples.
     """
     train, held_out = DigitsDataset("train"), DigitsDataset("held_out")
-    classifier, held_out_accuracy = train_classifier(train.images, train.labels, held_out.images, held_out.labels)
+    classifier, held_out_accuracy = judge or digits_judge()
     with torch.no_grad():
         sample_features, train_features, held_out_features = (
             classifier.features(pixels) for pixels in (samples, train.images, held_out.images)

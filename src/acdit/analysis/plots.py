@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -143,6 +144,57 @@ def plot_scaling(runs: Sequence[Mapping[str, Any]], fit: Mapping[str, Any] | Non
             axes[1].plot(run["curve"]["flops"], run["curve"]["loss"], color=colour, label=run["name"], linewidth=1)
         axes[1].set(xscale="log", yscale="log", xlabel="training FLOPs")
         axes[1].legend(fontsize=7)
+
+
+def plot_arms(
+    metrics: Sequence[Mapping[str, Any]], path: str | Path, heading: str, axis: str, log_axis: bool = False
+) -> None:
+    """A panel a metric: means of arms with their intervals, and every value.
+
+    Args:
+        metrics: each with "title", "log" (the values' axis) and "arms": "line" (the curve it belongs to), "x", "tick",
+            "values", "mean" and "interval" (None: none is drawn).
+        path: of the PNG.
+        heading: of the picture.
+        axis: what goes to the right.
+        log_axis: its places are ratios.
+    """
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    wrapped = "\n".join(textwrap.fill(line, 80 * len(metrics)) for line in heading.splitlines())
+    with panels(path, [metric["title"] for metric in metrics], wrapped) as axes:
+        for panel, metric in zip(axes, metrics, strict=True):
+            arms = metric["arms"]
+            ticks = {arm["x"]: arm["tick"] for arm in arms}
+            room = max(ticks) - min(ticks) or 1
+            lines = list(dict.fromkeys(arm["line"] for arm in arms))
+            for place, (name, colour) in enumerate(zip(lines, _COLOURS * len(lines), strict=False)):
+                # Curves stand a little beside each other, so that no interval hides another.
+                beside = place - (len(lines) - 1) / 2
+                mine = sorted((arm for arm in arms if arm["line"] == name), key=lambda arm: arm["x"])
+                xs = [arm["x"] * 1.04**beside if log_axis else arm["x"] + 0.012 * room * beside for arm in mine]
+                for x, arm in zip(xs, mine, strict=True):
+                    panel.plot([x] * len(arm["values"]), arm["values"], ".", color=colour, alpha=0.45, zorder=2)
+                    if arm["interval"] is not None:
+                        panel.vlines(x, *arm["interval"], color=colour, linewidth=1.4, zorder=2)
+                panel.plot(
+                    xs, [arm["mean"] for arm in mine], "o-" if name else "o", color=colour, label=name or None,
+                    linewidth=1.3, markersize=6, zorder=3,
+                )  # fmt: skip
+            panel.set_xscale("log" if log_axis else "linear")
+            panel.set_xticks(list(ticks), labels=list(ticks.values()))
+            panel.xaxis.minorticks_off()
+            if metric["log"]:
+                panel.set_yscale("log")
+                plain = FuncFormatter(lambda value, _: f"{value:.3g}")
+                low, high = panel.get_ylim()
+                panel.yaxis.set_major_formatter(plain)
+                panel.yaxis.set_minor_formatter(plain if high < 20 * low else NullFormatter())
+            if not log_axis:
+                panel.set_xlim(min(ticks) - 0.15 * room, max(ticks) + 0.15 * room)
+            panel.set(xlabel=axis)
+            if any(lines):
+                panel.legend(fontsize=7, framealpha=0.5)
 
 
 def _stacked(panel: Any, figures: Mapping[str, Any]) -> None:

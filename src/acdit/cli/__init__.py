@@ -23,6 +23,7 @@ from acdit.cli import (
     plan,
     recipes,
     sample,
+    study,
     train,
 )
 from acdit.cli.parser import EXIT_CODES, adder, version
@@ -122,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"acdit {version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    making, using = (train, finetune, data, encode, plan), (sample, evaluate, classify, analyze)
+    making, using = (train, finetune, data, encode, plan), (sample, evaluate, classify, analyze, study)
     for module in (*making, *using, consolidate, convert, demo, recipes):
         module.add(adder(commands))
     return parser

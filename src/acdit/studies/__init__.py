@@ -1,0 +1,1 @@
+"""The paper's figures in small: sweeps that train, measure and judge (`acdit study`, docs/studies.md)."""
