@@ -66,3 +66,20 @@ def test_a_heads_tokens_lie_side_by_side() -> None:
         assert torch.equal(held, given)
         assert held.stride()[1:] == (4, 8 * 4, 1)
     assert all(torch.equal(held[1], keys[0]) for held in cache.fork(2).prefix(0)[:1])
+
+
+def test_select_keeps_some_samples() -> None:
+    model = tiny_model()
+    cache = model.new_cache(3)
+    blocks = blocks_like(model, 3)
+    model.prefill(blocks[:, :2], cache)
+    chosen = cache.select([2, 0])
+    alone = model.new_cache(2)
+    model.prefill(blocks[[2, 0], :2], alone)
+    for layer in range(len(model.layers)):
+        for ours, theirs in zip(chosen.prefix(layer), alone.prefix(layer), strict=True):
+            torch.testing.assert_close(ours, theirs)
+    assert chosen.num_blocks == 2
+    for wrong in ([], [3], [-1]):
+        with pytest.raises(ConfigError, match="samples"):
+            cache.select(wrong)

@@ -77,3 +77,13 @@ def test_unknown_formats_and_missing_pyav_are_told(tmp_path: Path, monkeypatch: 
     monkeypatch.setitem(__import__("sys").modules, "av", None)
     with pytest.raises(ConfigError, match=r"acdit\[video\]"):
         open_writer(tmp_path / "a.mp4", "mp4")
+
+
+def test_a_comment_is_kept_inside(tmp_path: Path) -> None:
+    av = pytest.importorskip("av")
+    frames = torch.randint(0, 256, (3, 1, 8, 8), dtype=torch.uint8)
+    write_clip(frames, tmp_path / "a.gif", "gif", comment='{"seed": 3}')
+    write_clip(frames, tmp_path / "a.mp4", "mp4", comment='{"seed": 3}')
+    assert Image.open(tmp_path / "a.gif").info["comment"] == b'{"seed": 3}'
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        assert container.metadata["comment"] == '{"seed": 3}'

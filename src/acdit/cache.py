@@ -11,7 +11,7 @@ so what is seen stays one contiguous range of the buffer.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -165,6 +165,21 @@ class KVCache:
         ours, theirs = self.tensors(), child._buffers(self._sink_keys is not None)
         for name, held in ours.items():
             theirs[name][:, : held.shape[1]] = held.repeat_interleave(copies, dim=0)
+        child.length, child._finished = self.length, self._finished
+        return child
+
+    def select(self, samples: Sequence[int]) -> KVCache:
+        """A new cache that holds the given samples only, in their order: others have left the batch.
+
+        Raises:
+            ConfigError: no sample, or one that is not there.
+        """
+        if not samples or not all(0 <= sample < self.batch_size for sample in samples):
+            raise ConfigError("samples", found=str(list(samples)), expected=f"some of 0 … {self.batch_size - 1}")
+        child = self.like(len(samples))
+        ours, theirs = self.tensors(), child._buffers(self._sink_keys is not None)
+        for name, held in ours.items():
+            theirs[name][:, : held.shape[1]] = held[list(samples)]
         child.length, child._finished = self.length, self._finished
         return child
 

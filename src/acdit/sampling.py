@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import inspect
 import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -37,6 +38,8 @@ class DenoisingStep:
     timestep: Tensor
     noisy: Tensor
     """(B, L, D) after the step; clean once `step` is the last."""
+    estimate: Callable[[], Tensor] = field(repr=False)
+    """What the clean block looked like from before the step, (B, L, D); computed when it is called."""
 
 
 StepCallback = Callable[[DenoisingStep], Tensor | None]
@@ -198,9 +201,37 @@ def _denoise_block(
             prediction = model.denoise(model_input, timestep, labels, cache).to(noisy.dtype)
         noisy = solver.step(prediction, timestep, noisy, return_dict=False, **extra)[0]
         if on_step is not None:
-            replaced = on_step(DenoisingStep(block, step, len(solver.timesteps), timestep, noisy))
+            estimate = functools.partial(_predicted_clean, solver, step, timestep, model_input, prediction)
+            replaced = on_step(DenoisingStep(block, step, len(solver.timesteps), timestep, noisy, estimate))
             noisy = noisy if replaced is None else replaced
     return noisy
+
+
+def _predicted_clean(
+    solver: SchedulerMixin, step: int, timestep: Tensor, model_input: Tensor, prediction: Tensor
+) -> Tensor:
+    """The clean block that a prediction means, (B, L, D) like `prediction`.
+
+    Args:
+        solver: with its timesteps set.
+        step: index of the prediction's step.
+        timestep: its timestep.
+        model_input: (B, L, D) what the model was given: at unit variance whatever scale the solver works in.
+        prediction: (B, L, D), guidance included.
+    """
+    seen = model_input.to(prediction.dtype)
+    sigmas, config = getattr(solver, "sigmas", None), solver.config
+    kind = getattr(config, "prediction_type", "flow_prediction")
+    if sigmas is not None and (kind == "flow_prediction" or getattr(config, "use_flow_sigmas", False)):
+        return seen - sigmas[step].to(prediction) * prediction
+    if sigmas is not None:  # noise over signal
+        alpha = 1 / (1 + sigmas[step].to(prediction) ** 2).sqrt()
+    else:
+        alpha = solver.alphas_cumprod[int(timestep)].to(prediction).sqrt()
+    sigma = (1 - alpha**2).clamp(min=0).sqrt()
+    if kind == "v_prediction":
+        return alpha * seen - sigma * prediction
+    return prediction if kind == "sample" else (seen - sigma * prediction) / alpha
 
 
 def _guided(

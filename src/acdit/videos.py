@@ -36,13 +36,14 @@ class ClipWriter(Protocol):
         ...
 
 
-def open_writer(path: str | Path, kind: str, fps: float = 8.0) -> ClipWriter:
+def open_writer(path: str | Path, kind: str, fps: float = 8.0, comment: str | None = None) -> ClipWriter:
     """A writer for a clip.
 
     Args:
         path: of the file, or of the folder of frames.
         kind: "mp4" (needs the extra `video`), "gif" or "frames".
         fps: frames a second.
+        comment: kept inside mp4 and gif.
 
     Raises:
         ConfigError: an unknown kind, or mp4 without PyAV.
@@ -50,13 +51,13 @@ def open_writer(path: str | Path, kind: str, fps: float = 8.0) -> ClipWriter:
     if kind not in FORMATS:
         raise ConfigError("--format", found=repr(kind), expected=f"one of {FORMATS}")
     if kind == "mp4":
-        return _Mp4(Path(path), fps)
-    return _Gif(Path(path), fps) if kind == "gif" else _Frames(Path(path))
+        return _Mp4(Path(path), fps, comment)
+    return _Gif(Path(path), fps, comment) if kind == "gif" else _Frames(Path(path))
 
 
-def write_clip(frames: Tensor, path: str | Path, kind: str, fps: float = 8.0) -> None:
+def write_clip(frames: Tensor, path: str | Path, kind: str, fps: float = 8.0, comment: str | None = None) -> None:
     """A whole clip (T, C, H, W), uint8, to a file or folder; see `open_writer`."""
-    with open_writer(path, kind, fps) as writer:
+    with open_writer(path, kind, fps, comment) as writer:
         writer.add(frames)
 
 
@@ -95,8 +96,9 @@ class _Writer:
 class _Mp4(_Writer):
     """H.264 in fragments of a second: what is written so far can be watched while the rest is made, or after a kill."""
 
-    def __init__(self, path: Path, fps: float) -> None:
+    def __init__(self, path: Path, fps: float, comment: str | None) -> None:
         super().__init__(path)
+        self._comment = comment
         try:
             import av
         except ImportError:
@@ -120,6 +122,8 @@ class _Mp4(_Writer):
         # An explicit format: a file that is not finished may have any name.
         options = {"movflags": "frag_keyframe+empty_moov+default_base_moof", "flush_packets": "1"}
         self._container = self._av.open(str(self.path), "w", format="mp4", options=options)
+        if self._comment is not None:
+            self._container.metadata["comment"] = self._comment
         self._stream = self._container.add_stream("libx264", rate=self._fps)
         self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, "yuv420p"
         self._stream.options = {"crf": "12", "g": str(max(1, round(self._fps)))}
@@ -137,8 +141,9 @@ class _Mp4(_Writer):
 class _Gif(_Writer):
     """All frames are kept until the end: a gif of a long stream takes memory, an mp4 does not."""
 
-    def __init__(self, path: Path, fps: float) -> None:
+    def __init__(self, path: Path, fps: float, comment: str | None) -> None:
         super().__init__(path)
+        self._comment = comment
         self._pages: list[Image.Image] = []
         self._milliseconds = round(1000 / fps)
 
@@ -154,6 +159,7 @@ class _Gif(_Writer):
                 append_images=self._pages[1:],
                 duration=self._milliseconds,
                 loop=0,
+                **({} if self._comment is None else {"comment": self._comment.encode()}),
             )
 
 

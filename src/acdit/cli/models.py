@@ -9,16 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from acdit.cli.parser import finite, positive, seed
+from acdit.solvers import SOLVERS
 
-SOLVERS = {
-    "dpm++": "DPMSolverMultistepScheduler",
-    "unipc": "UniPCMultistepScheduler",
-    "ddim": "DDIMScheduler",
-    "ddpm": "DDPMScheduler",
-    "euler": "EulerDiscreteScheduler",
-    "flow-euler": "FlowMatchEulerDiscreteScheduler",
-}
-FLOW_SOLVERS = ("dpm++", "unipc", "flow-euler")
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
 _OF_PICTURES = {
     "labels": None, "guidance_scale": 1.5, "solver": None, "vae": None, "vae_tiling": False, "vae_slicing": False,
@@ -48,7 +40,6 @@ def load_pipeline(options: argparse.Namespace, device: Any = None) -> Any:
         ConfigError: no such model or device, or a solver of another kind than the model was trained for.
         StorageError: the folder is damaged.
     """
-    import diffusers
     import torch
 
     from acdit import ACDiTPipeline
@@ -81,18 +72,9 @@ def load_pipeline(options: argparse.Namespace, device: Any = None) -> Any:
     if dtype != torch.float32:
         pipeline.transformer.to(dtype)
     if options.solver is not None:
-        kind = getattr(pipeline.scheduler.config, "prediction_type", None)
-        flow = kind == "flow_prediction" or type(pipeline.scheduler).__name__ == SOLVERS["flow-euler"]
-        if flow != (options.solver in FLOW_SOLVERS) and (flow or options.solver == "flow-euler"):
-            expected = ", ".join(FLOW_SOLVERS) if flow else ", ".join(sorted(set(SOLVERS) - {"flow-euler"}))
-            raise ConfigError("--solver", found=options.solver, expected=f"one that fits this model: {expected}")
-        extra = {"prediction_type": "flow_prediction", "use_flow_sigmas": True} if flow else {}
-        if options.solver == "flow-euler":
-            extra = {}
-        if options.solver in ("ddim", "ddpm"):
-            extra = {"clip_sample": False}  # their default clips the clean data to ±1: latents are not in there
-        solver = getattr(diffusers, SOLVERS[options.solver])
-        pipeline.scheduler = solver.from_config(pipeline.scheduler.config, **extra)
+        from acdit.solvers import make_solver
+
+        pipeline.scheduler = make_solver(pipeline.scheduler, options.solver, "--solver")
     trained = getattr(pipeline.scheduler.config, "num_train_timesteps", None)
     if trained is not None and options.steps > trained:
         raise ConfigError("--steps", found=str(options.steps), expected=f"at most {trained}, the steps of the training")
