@@ -36,7 +36,7 @@ KINDS = {
     [(kind, name) for kind, scheduler in KINDS.items() for name in fitting_solvers(scheduler)],
 )
 def test_the_estimate_ends_in_the_block(kind: str, name: str) -> None:
-    """The last step of these solvers goes to what the model takes for clean; DDPM's and DDIM's own estimate is known."""
+    """The last step of these solvers goes to what the model takes for clean."""
     model = tiny_model()
     solver = make_solver(KINDS[kind], name)
     seen: list[torch.Tensor] = []

@@ -141,6 +141,8 @@ class _Drawing:
         for block in range(self._first.keep, self._total):
             cache, last = self._leave(cache, last)
             for job in self._jobs:
+                for label in (to for at, to in job.request.switches if at == block):
+                    job.ticket.switch(label)
                 job.labels.append(job.ticket.label)
             (last,) = sample_blocks(
                 self._model,
@@ -254,6 +256,18 @@ class _Drawing:
                 job.ticket.put(
                     Done(
                         frames=frames[job.rows].clone(), texts=(), labels=tuple(job.labels),
-                        settings=job.request.settings(), seconds=seconds, batch=self._batch,
+                        settings={**job.request.settings(), "switches": _switches(job)}, seconds=seconds,
+                        batch=self._batch,
                     )
                 )  # fmt: skip
+
+
+def _switches(job: _Job) -> list[list[int]]:
+    """[block, label] of every change of class there was, so that settings make the same result again."""
+    labels = job.labels[job.request.keep :]
+    before = [job.request.label, *labels]
+    return [
+        [job.request.keep + index, label]
+        for index, label in enumerate(labels)
+        if label is not None and label != before[index]
+    ]

@@ -149,6 +149,7 @@ class ServedModel:
             block=block,
             blocks=blocks,
             keep=keep,
+            switches=self._switches(request.switches, blocks),
             given=request.given,
         )
         needed = self.cache_bytes(result)
@@ -170,6 +171,15 @@ class ServedModel:
                 raise ConfigError("label", found=f"{label!r:.40}", expected="none: this model is unconditional")
             return None
         return whole("label", 0 if label is None else label, 0, self.num_classes - 1)
+
+    def _switches(self, switches: Any, blocks: int) -> tuple[tuple[int, int], ...]:
+        fine = isinstance(switches, list | tuple) and len(switches) <= blocks
+        if not fine or not all(isinstance(one, list | tuple) and len(one) == 2 for one in switches):
+            raise ConfigError("switches", found=f"{switches!r:.40}", expected="pairs of a block and a label")
+        if switches and self.num_classes is None:
+            raise ConfigError("switches", found=f"{len(switches)}", expected="none: this model is unconditional")
+        most = (self.num_classes or 1) - 1
+        return tuple((whole("switches", at, 0, blocks - 1), whole("switches", to, 0, most)) for at, to in switches)
 
     def _block(self, block: Any, limits: Limits) -> tuple[int, ...]:
         choices = self.block_choices(limits.blocks)

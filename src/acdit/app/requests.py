@@ -55,6 +55,7 @@ class SampleRequest:
         blocks: of a clip, how many in all; None: the model's grid.
         given: uint8 (C, T, H, W), T = 1 of a picture: to go on from. Its shape is the model's, see `acdit.app.files`.
         keep: how many of its blocks are kept.
+        switches: (block, label): the class from that block on.
     """
 
     model: str
@@ -67,6 +68,7 @@ class SampleRequest:
     block: tuple[int, ...] | None = None
     blocks: int | None = None
     keep: int = 0
+    switches: tuple[tuple[int, int], ...] = ()
     given: Tensor | None = field(default=None, repr=False, compare=False)
 
     def settings(self) -> dict[str, Any]:

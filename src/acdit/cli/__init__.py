@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from acdit.allocator import keep_freed_memory
 from acdit.cli import (
     analyze,
+    app,
     classify,
     consolidate,
     convert,
@@ -123,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"acdit {version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    making, using = (train, finetune, data, encode, plan), (sample, evaluate, classify, analyze, study)
+    making, using = (train, finetune, data, encode, plan), (sample, evaluate, classify, analyze, study, app)
     for module in (*making, *using, consolidate, convert, demo, recipes):
         module.add(adder(commands))
     return parser

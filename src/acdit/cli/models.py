@@ -11,7 +11,7 @@ from typing import Any
 from acdit.cli.parser import finite, positive, seed
 from acdit.solvers import SOLVERS
 
-_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
 _OF_PICTURES = {
     "labels": None, "guidance_scale": 1.5, "solver": None, "vae": None, "vae_tiling": False, "vae_slicing": False,
 }  # fmt: skip
@@ -26,7 +26,7 @@ def add_sampling_options(made: argparse.ArgumentParser) -> None:
     made.add_argument("--solver", choices=sorted(SOLVERS), help="default: the one saved with the model")
     made.add_argument("--seed", type=seed, default=0, help="picture i gets seed + i (default 0)")
     made.add_argument("--batch-size", type=positive, default=64, help="pictures at once (default 64)")
-    made.add_argument("--dtype", choices=tuple(_DTYPES), default="fp32", help="of the weights (default fp32)")
+    made.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="of the weights (default fp32)")
     made.add_argument("--device", help="default: cuda where there is one")
     made.add_argument("--vae", metavar="PATH", help="autoencoder to decode with, for a model saved without its own")
     made.add_argument("--vae-tiling", action="store_true", help="decode large pictures in tiles: less memory")
@@ -47,7 +47,7 @@ def load_pipeline(options: argparse.Namespace, device: Any = None) -> Any:
 
     folder = Path(options.model)
     _require_whole(folder, options.model)
-    dtype = getattr(torch, _DTYPES[options.dtype])
+    dtype = getattr(torch, DTYPES[options.dtype])
     chosen = chosen_device(device or options.device)
     try:
         pipeline = ACDiTPipeline.from_pretrained(options.model)
@@ -114,7 +114,7 @@ def load_text_pipeline(options: argparse.Namespace, device: Any = None) -> Any:
         raise StorageError(
             f"model {options.model}", found=first_line(error), expected="a saved ACDiTTextPipeline"
         ) from error
-    dtype = getattr(torch, _DTYPES[options.dtype])
+    dtype = getattr(torch, DTYPES[options.dtype])
     if dtype != torch.float32:
         pipeline.transformer.to(dtype)
     return pipeline.to(chosen)

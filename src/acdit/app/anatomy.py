@@ -1,0 +1,135 @@
+"""What a grid and a block mean: the mask, the order of the blocks, and what they cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from acdit import costs
+from acdit.analysis.mask_picture import mask_picture
+from acdit.app.requests import whole
+from acdit.costs import Architecture
+from acdit.errors import ConfigError
+from acdit.layout import BlockLayout
+from acdit.mask import Streams
+from acdit.model import PRESETS
+
+LARGEST_GRID = 64
+MOST_BLOCKS = 256
+MOST_STEPS = 1000
+_EDGE = 480
+_EARLY, _LATE = np.array([47, 111, 176]), np.array([233, 163, 60])
+_INK, _LINE = (24, 28, 36), (255, 255, 255)
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """Everything that follows from a grid and a block."""
+
+    mask: Image.Image
+    """Who attends whom in training: rows are queries."""
+    order: Image.Image
+    """The blocks in the order they are made, on a picture where one is given."""
+    figures: tuple[tuple[str, str], ...]
+    """(name, value), for a table."""
+
+
+def anatomy(
+    height: Any, width: Any, block_height: Any, block_width: Any, size: Any = "B", steps: Any = 25,
+    guided: Any = True, picture: Image.Image | None = None,
+) -> Anatomy:  # fmt: skip
+    """Work it out.
+
+    Args:
+        height, width: tokens of the grid.
+        block_height, block_width: tokens of a block; they must divide the grid.
+        size: of the model, a name of `PRESETS`.
+        steps: solver steps a block.
+        guided: both branches of guidance.
+        picture: what the blocks are drawn on.
+
+    Raises:
+        ConfigError: numbers out of bounds, a block that does not divide, too many blocks to be shown.
+    """
+    grid = tuple(whole(name, value, 1, LARGEST_GRID) for name, value in (("height", height), ("width", width)))
+    block = tuple(
+        whole(name, value, 1, LARGEST_GRID)
+        for name, value in (("block height", block_height), ("block width", block_width))
+    )
+    steps = whole("steps", steps, 1, MOST_STEPS)
+    if not isinstance(size, str) or size not in PRESETS:
+        raise ConfigError("size", found=f"{size!r:.40}", expected=f"one of {', '.join(PRESETS)}")
+    layout = BlockLayout(grid, block)
+    count = layout.num_blocks
+    if count > MOST_BLOCKS:
+        raise ConfigError("block", found=f"{count} blocks", expected=f"at most {MOST_BLOCKS}", fix="a larger block")
+    arch, whole_arch = _architecture(size, layout), _architecture(size, BlockLayout(grid, grid))
+    guided = bool(guided)
+    memory = costs.sampling_memory(arch, 1, guided=guided, precision="bf16")
+    flops, at_once = costs.picture_flops(arch, steps, guided), costs.picture_flops(whole_arch, steps, guided)
+    every_block = 2 * layout.num_tokens * arch.width * arch.num_layers * 2
+    figures = (
+        ("tokens", f"{layout.num_tokens:,} = {count} blocks × {layout.block_tokens}"),
+        ("pairs attended, of all", f"{_share(layout):.1%}"),
+        ("cache of one picture (bf16)", f"{memory.cache / 1e6:,.1f} MB for both branches of guidance"),
+        ("a block adds", f"{every_block / count / 1e6:,.2f} MB"),
+        ("model calls", f"{count * steps:,} of {layout.block_tokens} tokens, and {count - 1} readings"),
+        ("FLOPs of one picture", f"{flops:.3g}"),
+        ("one block for all (plain diffusion)", f"{at_once:.3g}, {at_once / flops:.2f} × as many"),
+    )
+    streams = Streams(count - 1, count, 1, layout.block_tokens)
+    return Anatomy(mask_picture(streams).image, order_picture(layout, picture), figures)
+
+
+def order_picture(layout: BlockLayout, picture: Image.Image | None = None) -> Image.Image:
+    """The grid with its blocks numbered in the order they are made.
+
+    Args:
+        layout: of two axes.
+        picture: drawn below the boundaries; None: colours from the first block to the last.
+    """
+    rows, columns = layout.block_grid
+    scale = _EDGE / max(layout.token_grid)
+    height, width = (max(1, round(tokens * scale)) for tokens in layout.token_grid)
+    if picture is None:
+        share = np.linspace(0, 1, layout.num_blocks).reshape(rows, columns, 1)
+        colours = (_EARLY * (1 - share) + _LATE * share).astype(np.uint8)
+        canvas = Image.fromarray(colours).resize((width, height), Image.Resampling.NEAREST)
+    else:
+        canvas = picture.convert("RGB").resize((width, height), Image.Resampling.NEAREST)
+    draw = ImageDraw.Draw(canvas, "RGBA")
+    if scale >= 6:
+        for axis, tokens in enumerate(layout.token_grid):
+            for index in range(1, tokens):
+                place = round(index * scale)
+                draw.line((0, place, width, place) if axis == 0 else (place, 0, place, height), (255, 255, 255, 50))
+    block_height, block_width = layout.block[0] * scale, layout.block[1] * scale
+    size = int(min(28, 0.5 * min(block_height, block_width)))
+    font = ImageFont.load_default(max(8, size))
+    for index in range(layout.num_blocks):
+        row, column = divmod(index, columns)
+        left, top = column * block_width, row * block_height
+        draw.rectangle((left, top, left + block_width, top + block_height), outline=_LINE, width=2)
+        if size >= 8:
+            middle = (left + block_width / 2, top + block_height / 2)
+            draw.text(middle, str(index + 1), (255, 255, 255), font, anchor="mm", stroke_width=2, stroke_fill=_INK)
+    return canvas
+
+
+def _share(layout: BlockLayout) -> float:
+    """Pairs that are attended in training, of all pairs of the two streams."""
+    count = layout.num_blocks
+    clean = (count - 1) * count // 2
+    noisy = count * (count - 1) // 2 + count
+    return (clean + noisy) / (2 * count - 1) ** 2
+
+
+def _architecture(size: str, layout: BlockLayout) -> Architecture:
+    preset = PRESETS[size]
+    return Architecture(
+        layout=layout, channels=4, num_layers=preset["num_layers"], num_heads=preset["num_attention_heads"],
+        head_dim=preset["attention_head_dim"], num_classes=1000,
+    )  # fmt: skip

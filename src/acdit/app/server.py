@@ -1,0 +1,154 @@
+"""The page as a web server on the loopback address, from its start to a clean end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from acdit.app.guard import Guard
+from acdit.app.models import ServedModel
+from acdit.app.requests import Limits
+from acdit.app.service import Service
+from acdit.errors import ConfigError, StorageError, first_line
+
+HOST = "127.0.0.1"
+_OFF = {
+    "GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_SHARE": "False", "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1", "GRADIO_SSR_MODE": "False", "GRADIO_MCP_SERVER": "False",
+}  # fmt: skip
+
+
+def require_gradio() -> None:
+    """Refuse to go on without gradio.
+
+    Raises:
+        ConfigError: it is not installed, or too old.
+    """
+    try:
+        os.environ.update(_OFF)
+        import gradio
+    except ImportError as error:
+        raise ConfigError(
+            "acdit app", found=f"no library `gradio` ({first_line(error)})", expected="the extra `app`",
+            fix="pip install 'acdit[app]'",
+        ) from None  # fmt: skip
+    numbers = [int(part) for part in gradio.__version__.split(".")[:2]]
+    if numbers < [6, 7]:
+        raise ConfigError(
+            "acdit app", found=f"gradio {gradio.__version__}", expected="6.7 or newer", fix="pip install 'acdit[app]'"
+        )
+
+
+@contextlib.contextmanager
+def application(models: Sequence[ServedModel], limits: Limits | None = None) -> Iterator[tuple[Any, Service]]:
+    """The ASGI application and the service behind it; what it kept on disk goes at the end.
+
+    Args:
+        models: what is served; none: only the anatomy.
+        limits: see `Limits`.
+    """
+    require_gradio()
+    limits = limits or Limits()
+    with tempfile.TemporaryDirectory(prefix="acdit-app-") as folder:
+        before = os.environ.get("GRADIO_TEMP_DIR")
+        os.environ["GRADIO_TEMP_DIR"] = folder  # where gradio puts uploads, and looks for them
+        try:
+            with Service(models, limits) as service:
+                yield Guard(_mounted(service, limits), Path(folder), limits.upload_bytes), service
+        finally:
+            if before is None:
+                del os.environ["GRADIO_TEMP_DIR"]
+            else:
+                os.environ["GRADIO_TEMP_DIR"] = before
+
+
+def _mounted(service: Service, limits: Limits) -> Any:
+    import fastapi
+    import gradio as gr
+
+    from acdit.app.markup import CSS
+    from acdit.app.page import Page
+
+    system = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
+    mono = ["ui-monospace", "Menlo", "Consolas", "monospace"]
+    theme = gr.themes.Base(primary_hue="blue", neutral_hue="slate", font=system, font_mono=mono).set(
+        button_primary_background_fill="#2f6fb0", button_primary_background_fill_hover="#25588d",
+        button_primary_background_fill_dark="#2f6fb0", button_primary_background_fill_hover_dark="#3f83c8",
+        button_primary_text_color="white", button_primary_text_color_dark="white",
+        slider_color="#2f6fb0", slider_color_dark="#5c9bd9",
+    )  # fmt: skip
+    outer = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    return gr.mount_gradio_app(
+        outer, Page(service).build(), path="/", server_name=HOST, show_error=True, max_file_size=limits.upload_bytes,
+        ssr_mode=False, enable_monitoring=False, pwa=False, mcp_server=False, footer_links=["api"], theme=theme,
+        css=CSS, allowed_paths=[], run_history=False,
+    )  # fmt: skip
+
+
+def serve(
+    models: Sequence[ServedModel], port: int = 7860, limits: Limits | None = None,
+    started: Callable[[str], None] | None = None, stop: threading.Event | None = None,
+) -> None:  # fmt: skip
+    """Serve until SIGINT or SIGTERM, or `stop`.
+
+    Args:
+        models: what is served.
+        port: on 127.0.0.1; 0 takes a free one.
+        limits: see `Limits`.
+        started: told the address once it answers.
+        stop: for servers inside of other programs.
+
+    Raises:
+        ConfigError: without gradio.
+        StorageError: the port is taken.
+    """
+    require_gradio()
+    import uvicorn
+
+    with application(models, limits) as (app, service), _listening(port) as listener:
+        address = f"http://{HOST}:{listener.getsockname()[1]}"
+        config = uvicorn.Config(
+            app, log_level="warning", timeout_graceful_shutdown=3, ws="none", server_header=False,
+            timeout_keep_alive=5, loop="asyncio",
+        )  # fmt: skip
+        server = uvicorn.Server(config)
+
+        async def run() -> None:
+            async def watch() -> None:
+                while not server.started:
+                    await asyncio.sleep(0.02)
+                if started is not None:
+                    started(address)
+                while not server.should_exit:
+                    server.should_exit = server.should_exit or (stop is not None and stop.is_set())
+                    await asyncio.sleep(0.05)
+                await asyncio.to_thread(service.close)  # listeners hear that it ends, and their connections close
+
+            watching = asyncio.create_task(watch())
+            await server.serve(sockets=[listener])
+            await watching
+
+        asyncio.run(run())
+
+
+@contextlib.contextmanager
+def _listening(port: int) -> Iterator[socket.socket]:
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((HOST, port))
+        except OSError as error:
+            raise StorageError(
+                f"port {port}", found=first_line(error), expected="a free one", fix="--port 0 takes any"
+            ) from None
+        yield listener
+    finally:
+        listener.close()
