@@ -81,7 +81,8 @@ def anatomy(
         ("one block for all (plain diffusion)", f"{at_once:.3g}, {at_once / flops:.2f} × as many"),
     )
     streams = Streams(count - 1, count, 1, layout.block_tokens)
-    return Anatomy(mask_picture(streams).image, order_picture(layout, picture), figures)
+    mask = mask_picture(streams, max(2, _EDGE // streams.total), "block")  # as exact as tokens: see there
+    return Anatomy(mask.image, order_picture(layout, picture), figures)
 
 
 def order_picture(layout: BlockLayout, picture: Image.Image | None = None) -> Image.Image:

@@ -150,17 +150,17 @@ def add_api(blocks: Any, service: Service) -> None:
             raise gr.Error(f"request; found {name!r:.40}; expected one that runs", print_exception=False)
         return ticket
 
-    def switch(request: str, label: int) -> dict:
+    def switch(name: str, label: int) -> dict:
         """Change the class of a running request from its next block on."""
         try:
-            return {"label": service.switch(named(request), label)}
+            return {"label": service.switch(named(name), label)}
         except AcditError as error:
             raise gr.Error(str(error), print_exception=False) from None
 
-    def cancel(request: str) -> dict:
+    def cancel(name: str) -> dict:
         """Stop a request within one denoising step."""
-        service.cancel(named(request))
-        return {"cancelled": request}
+        service.cancel(named(name))
+        return {"cancelled": name}
 
     def figures(settings: dict) -> dict:
         """What a grid and a block cost: height, width, block_height, block_width, size, steps, guided."""

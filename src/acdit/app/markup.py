@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from acdit.analysis.mask_picture import CONDITIONS, OWN, READS
 from acdit.app import files, links
 from acdit.app.events import Done, Picture, Text
 from acdit.app.models import ServedModel
@@ -23,7 +24,7 @@ STRIP_FRAMES = 16
 """Frames of a clip that are shown while it is made: the last ones."""
 
 CSS = """
-.acdit-cards {display: grid; gap: 16px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 220px), 1fr));}
+.acdit-cards {display: grid; gap: 16px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 130px), 1fr));}
 .acdit-cards.single {grid-template-columns: minmax(0, 420px);}
 .acdit-card {margin: 0; min-width: 0;}
 .acdit-frame {position: relative; border-radius: 10px; overflow: hidden;
@@ -35,12 +36,13 @@ CSS = """
   transition: left .15s, top .15s; pointer-events: none;}
 .acdit-strip {margin-top: 8px;}
 .acdit-strip img {display: block; width: 100%; image-rendering: pixelated; border-radius: 6px;}
-.acdit-card figcaption {display: flex; flex-wrap: wrap; gap: 4px 10px; padding: 6px 2px; font-size: 14px;
-  color: var(--body-text-color-subdued); align-items: baseline;}
+.acdit-card figcaption {display: flex; flex-wrap: wrap; gap: 4px 10px; padding: 6px 2px; min-height: 40px;
+  font-size: 14px; color: var(--body-text-color-subdued); align-items: baseline;}
 .acdit-card figcaption a, .acdit-links a {color: var(--link-text-color); text-decoration: underline;
   padding: 4px 2px; min-height: 24px;}
-.acdit-status {font-size: 15px; margin: 12px 0 6px; font-variant-numeric: tabular-nums; color: var(--body-text-color);}
-.acdit-bar {height: 8px; border-radius: 4px; background: var(--border-color-primary); overflow: hidden;}
+.acdit-status {font-size: 15px; margin: 0 0 6px; font-variant-numeric: tabular-nums; color: var(--body-text-color);}
+.acdit-bar {height: 8px; border-radius: 4px; margin-bottom: 14px; overflow: hidden;
+  background: var(--border-color-primary);}
 .acdit-bar > div {height: 100%; background: #2f6fb0; transition: width .15s;}
 .acdit-note {border-left: 4px solid #d6563c; padding: 8px 12px; background: var(--background-fill-secondary);
   border-radius: 4px; color: var(--body-text-color); overflow-wrap: anywhere;}
@@ -52,12 +54,16 @@ CSS = """
 .acdit-text .prompt {color: var(--body-text-color-subdued);}
 .acdit-text mark {background: #e9a33c55; color: inherit; border-radius: 3px;}
 .acdit-links {margin-top: 8px; font-size: 14px; color: var(--body-text-color-subdued); overflow-wrap: anywhere;}
-.acdit-table {width: 100%; border-collapse: collapse; font-size: 15px; color: var(--body-text-color);}
+.acdit-table {width: 100%; border-collapse: collapse; border: 0 !important; margin: 16px 0 0;
+  font-size: 15px; color: var(--body-text-color);}
+.acdit-table tr, .acdit-table tbody {border: 0 !important;}
+.acdit-pair figcaption span {color: inherit;}
 .acdit-table th, .acdit-table td {text-align: left; padding: 7px 8px; border: 0;
   border-bottom: 1px solid var(--border-color-primary); vertical-align: top; font-weight: 400;}
 .acdit-table th {color: var(--body-text-color-subdued); width: 45%;}
 .acdit-pair {display: grid; gap: 20px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 300px), 1fr));}
 .acdit-pair figure {margin: 0;}
+.acdit-key {display: inline-block; width: 12px; height: 12px; border-radius: 2px; margin: 0 4px 0 8px;}
 .acdit-pair img {width: 100%; max-width: 560px; border-radius: 10px; display: block; margin: 0;}
 .acdit-pair figcaption {font-size: 14px; color: var(--body-text-color-subdued); padding: 6px 2px;}
 @media (prefers-reduced-motion: reduce) {.acdit-at, .acdit-bar > div {transition: none;}}
@@ -113,7 +119,7 @@ class Gallery:
         if event.finished and self._served.kind == "video" and inside + 1 == self._served.blocks_a_step:
             frames_a_step = event.frames.shape[2]
             self._past = [*self._past, event.frames][-max(1, STRIP_FRAMES // frames_a_step) :]
-        return self._cards(cards) + _progress(event.done, event.total, status)
+        return _progress(event.done, event.total, status) + self._cards(cards)
 
     def done(self, event: Done) -> str:
         """The result, with its downloads and its link."""
@@ -141,7 +147,7 @@ class Gallery:
             cards.append(self._card(index, stage, strip, f"seed {own['seed']} {saves}"))
         batch = f", in a batch of {event.batch}" if event.batch > len(event.frames) else ""
         status = f"done in {event.seconds:.1f} s{batch}" + (f" · class {classes}" if classes else "")
-        return self._cards(cards) + _progress(1, 1, status) + link(tab, settings)
+        return _progress(1, 1, status) + self._cards(cards) + link(tab, settings)
 
     def _label(self, label: int | None) -> str:
         names = {index: name for name, index in self._served.class_names}
@@ -199,7 +205,7 @@ def writing(event: Text, prompt: str, seed: int) -> str:
         for index, (text, now) in enumerate(zip(event.texts, current, strict=True))
     ]
     status = f"block {event.block + 1} · {event.done} of {event.total} characters or tokens{_left(event.seconds_left)}"
-    return f"<div>{''.join(cards)}</div>" + _progress(event.done, event.total, status)
+    return _progress(event.done, event.total, status) + f"<div>{''.join(cards)}</div>"
 
 
 def written(event: Done) -> str:
@@ -213,7 +219,7 @@ def written(event: Done) -> str:
             f"<figcaption>seed {own['seed']} {save}</figcaption></figure>"
         )
     done = _progress(1, 1, f"done in {event.seconds:.1f} s")
-    return f"<div>{''.join(cards)}</div>" + done + link("text", settings)
+    return done + f"<div>{''.join(cards)}</div>" + link("text", settings)
 
 
 def link(tab: str, settings: dict[str, Any]) -> str:
@@ -230,8 +236,16 @@ def anatomy_view(mask: Image.Image, order: Image.Image, figures: Sequence[tuple[
         f'<div class="acdit-pair"><figure>{_img(_saved(order), "image/png", "blocks numbered in their order")}'
         "<figcaption>The order of the blocks</figcaption></figure>"
         f"<figure>{_img(_saved(mask), 'image/png', 'skip-causal mask: rows are queries, columns are keys')}"
-        "<figcaption>The skip-causal mask: rows ask, columns answer</figcaption></figure></div>"
+        f"<figcaption>The skip-causal mask: rows read columns. {_key()}</figcaption></figure></div>"
         f'<table class="acdit-table"><tbody>{rows}</tbody></table>'
+    )
+
+
+def _key() -> str:
+    """What the mask's colours mean."""
+    named = ((READS, "clean reads clean"), (CONDITIONS, "noisy reads clean"), (OWN, "noisy reads its own block"))
+    return "".join(
+        f'<span><span class="acdit-key" style="background:rgb{colour}"></span>{name}</span> ' for colour, name in named
     )
 
 

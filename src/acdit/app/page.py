@@ -16,7 +16,7 @@ from acdit.app.anatomy import anatomy
 from acdit.app.api import add_api, heard
 from acdit.app.events import Cancelled, Done, Failed, Picture, Text, Ticket, Waiting
 from acdit.app.models import ServedModel
-from acdit.app.requests import Request, SampleRequest, TextRequest
+from acdit.app.requests import Request, SampleRequest, TextRequest, whole
 from acdit.app.service import Service
 from acdit.errors import AcditError
 from acdit.layout import BlockLayout
@@ -46,6 +46,7 @@ class Page:
         import gradio as gr
 
         with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(60, 600)) as blocks:
+            add_api(blocks, self._service)  # first: names that others have taken would be changed
             gr.Markdown(f"# {TITLE}\n{_HELP}")
             with gr.Tabs() as tabs:
                 for kind in ("image", "video", "text"):
@@ -65,7 +66,6 @@ class Page:
                 from_link, None, [tabs, told, *filled], queue=False, api_visibility="private",
                 show_progress="hidden",
             )  # fmt: skip
-            add_api(blocks, self._service)
         blocks.queue(default_concurrency_limit=None, max_size=None)
         return blocks
 
@@ -113,7 +113,7 @@ class Page:
                         )
                 with gr.Accordion(f"Continue a {'picture' if kind == 'image' else 'clip or picture'}", open=False):
                     upload = gr.File(
-                        label="Upload", file_types=list(files.upload_suffixes(kind)), file_count="single", height=120
+                        label="Upload", file_types=list(files.upload_suffixes(kind)), file_count="single", height=140
                     )
                     keep = gr.Slider(
                         a_step, max(a_step, first.layout.num_blocks - a_step), self._half(first),
@@ -143,12 +143,14 @@ class Page:
             if not path:
                 yield markup.note("Choose a file first.")
                 return
-            asked: Any = self._with_upload(self._sample_request(settings), path, kept)
+            asked = self._sample_request(settings, path, kept)
             async for shown in self._watch(kind, request.session_hash or "", asked):
                 yield shown
 
         everything = list(fields.values())
-        hidden: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": None, "show_progress": "hidden"}
+        hidden: dict[str, Any] = {
+            "api_visibility": "private", "concurrency_limit": None, "show_progress": "hidden", "js": _seen(kind),
+        }  # fmt: skip
         run.click(generate, everything, view, **hidden)
         more.click(proceed, [upload, keep, *everything], view, **hidden)
         self._cancel(stop, kind)
@@ -207,7 +209,7 @@ class Page:
 
         run.click(
             generate, list(fields.values()), view, api_visibility="private", concurrency_limit=None,
-            show_progress="hidden",
+            show_progress="hidden", js=_seen("text"),
         )  # fmt: skip
         self._cancel(stop, "text")
 
@@ -217,7 +219,7 @@ class Page:
         with gr.Row():
             with gr.Column(scale=2, min_width=280):
                 with gr.Row():
-                    height = gr.Slider(1, 64, 32, step=1, label="Grid height, in tokens", min_width=140)
+                    height = gr.Slider(1, 64, 32, step=1, label="Grid height", min_width=140)
                     width = gr.Slider(1, 64, 32, step=1, label="Grid width", min_width=140)
                 with gr.Row():
                     high = gr.Slider(1, 64, 16, step=1, label="Block height", min_width=140)
@@ -226,7 +228,7 @@ class Page:
                     size = gr.Dropdown(list(PRESETS), value="B", label="Model", min_width=100)
                     steps = gr.Slider(1, 200, 25, step=1, label="Steps a block", min_width=140)
                 guided = gr.Checkbox(True, label="Guidance")
-                picture = gr.File(label="A picture to lay the blocks on", file_types=list(files.PICTURES), height=120)
+                picture = gr.File(label="A picture to lay the blocks on", file_types=list(files.PICTURES), height=140)
             with gr.Column(scale=3, min_width=280):
                 view = gr.HTML(self._anatomy(32, 32, 16, 16, "B", 25, True, None), elem_id="view-anatomy")
         inputs = [height, width, high, wide, size, steps, guided, picture]
@@ -273,25 +275,19 @@ class Page:
 
     # --- events -----------------------------------------------------------------------------------------------------
 
-    @staticmethod
-    def _sample_request(settings: dict[str, Any]) -> SampleRequest:
-        _, switches = links.from_query({"switches": settings["switches"]} if settings.pop("switches", "") else {})
-        block = settings.get("block")
-        return SampleRequest(
-            **{
-                **settings,
-                "solver": settings.get("solver") or None,
-                "block": tuple(map(int, block.split("x"))) if block else None,
-                **switches,
-            }
-        )
-
-    def _with_upload(self, asked: SampleRequest, path: str, keep: Any) -> SampleRequest | AcditError:
+    def _sample_request(
+        self, settings: dict[str, Any], upload: str | None = None, keep: Any = 0
+    ) -> Request | AcditError:
+        """What the fields of a tab ask for, or what is wrong with them."""
+        words = {name: settings.pop(name) for name in ("block", "switches") if name in settings}
         try:
-            served = self._service.models[asked.model]
-            kept = int(keep)
-            given = files.read_upload(served, Path(path), kept, self._service.limits)
-            return SampleRequest(**{**asked.settings(), "keep": kept, "given": given})
+            told = links.from_query({name: str(word) for name, word in words.items() if word})[1]
+            asked = {**settings, "solver": settings["solver"] or None, **told}
+            if upload is not None:
+                served, limits = self._service.models[settings["model"]], self._service.limits
+                asked["keep"] = whole("keep", keep, 1, limits.blocks)
+                asked["given"] = files.read_upload(served, Path(upload), asked["keep"], limits)
+            return SampleRequest(**asked)
         except AcditError as error:
             return error
 
@@ -398,6 +394,12 @@ def _shown(event: Any, gallery: markup.Gallery | None, asked: Request, last: str
         return last + markup.note(f"Stopped: {event.why}.")
     assert isinstance(event, Failed)
     return markup.note(event.message)
+
+
+def _seen(kind: str) -> str:
+    """A script that brings the view of a tab on the screen, where it lies below the controls."""
+    found = f"document.getElementById('view-{kind}')"
+    return f"(...given) => {{{found}.scrollIntoView({{block: 'nearest', behavior: 'smooth'}}); return given;}}"
 
 
 def _joined(sizes: tuple[int, ...]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import signal
 import socket
 import tempfile
 import threading
@@ -20,8 +21,8 @@ from acdit.errors import ConfigError, StorageError, first_line
 
 HOST = "127.0.0.1"
 _OFF = {
-    "GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_SHARE": "False", "HF_HUB_OFFLINE": "1",
-    "HF_HUB_DISABLE_TELEMETRY": "1", "GRADIO_SSR_MODE": "False", "GRADIO_MCP_SERVER": "False",
+    "GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_SHARE": "False", "HF_HUB_DISABLE_TELEMETRY": "1",
+    "GRADIO_SSR_MODE": "False", "GRADIO_MCP_SERVER": "False",
 }  # fmt: skip
 
 
@@ -82,12 +83,13 @@ def _mounted(service: Service, limits: Limits) -> Any:
         button_primary_background_fill="#2f6fb0", button_primary_background_fill_hover="#25588d",
         button_primary_background_fill_dark="#2f6fb0", button_primary_background_fill_hover_dark="#3f83c8",
         button_primary_text_color="white", button_primary_text_color_dark="white",
+        body_text_color_subdued="*neutral_500", body_text_color_subdued_dark="*neutral_400",
         slider_color="#2f6fb0", slider_color_dark="#5c9bd9",
     )  # fmt: skip
     outer = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     return gr.mount_gradio_app(
         outer, Page(service).build(), path="/", server_name=HOST, show_error=True, max_file_size=limits.upload_bytes,
-        ssr_mode=False, enable_monitoring=False, pwa=False, mcp_server=False, footer_links=["api"], theme=theme,
+        ssr_mode=False, enable_monitoring=False, pwa=False, mcp_server=False, footer_links=[], theme=theme,
         css=CSS, allowed_paths=[], run_history=False,
     )  # fmt: skip
 
@@ -108,6 +110,7 @@ def serve(
     Raises:
         ConfigError: without gradio.
         StorageError: the port is taken.
+        SystemExit: a signal has ended it, and everything is closed.
     """
     require_gradio()
     import uvicorn
@@ -118,9 +121,25 @@ def serve(
             app, log_level="warning", timeout_graceful_shutdown=3, ws="none", server_header=False,
             timeout_keep_alive=5, loop="asyncio",
         )  # fmt: skip
-        server = uvicorn.Server(config)
+
+        class Server(uvicorn.Server):
+            @contextlib.contextmanager
+            def capture_signals(self) -> Iterator[None]:  # its own would end the process before files are removed
+                yield
+
+        server = Server(config)
+        received: list[int] = []
+
+        def end(number: int) -> None:
+            received.append(number)
+            server.should_exit = True
+            server.force_exit = len(received) > 1
 
         async def run() -> None:
+            if threading.current_thread() is threading.main_thread():
+                for number in (signal.SIGTERM, signal.SIGINT):
+                    asyncio.get_running_loop().add_signal_handler(number, end, number)
+
             async def watch() -> None:
                 while not server.started:
                     await asyncio.sleep(0.02)
@@ -136,6 +155,8 @@ def serve(
             await watching
 
         asyncio.run(run())
+    if received:
+        raise SystemExit(128 + received[0])
 
 
 @contextlib.contextmanager
