@@ -199,7 +199,7 @@ def test_sigterm_ends_everything_and_nobody_was_called(tmp_path: Path) -> None:
             time.sleep(0.02)
         children = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 143
+        assert process.wait(120) == 143
         assert not [child for child in children if child.is_running()]
         assert list((tmp_path / "tmp").glob("acdit-app-*")) == []
         assert not (tmp_path / "called").exists(), (tmp_path / "called").read_text()
