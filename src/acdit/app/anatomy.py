@@ -82,7 +82,8 @@ def anatomy(
     )
     streams = Streams(count - 1, count, 1, layout.block_tokens)
     mask = mask_picture(streams, max(2, _EDGE // streams.total), "block")  # as exact as tokens: see there
-    return Anatomy(mask.image, order_picture(layout, picture), figures)
+    below = mask.origin[1] + streams.total * mask.cell + 4  # what is drawn under the pairs is said beside the picture
+    return Anatomy(mask.image.crop((0, 0, mask.image.width, below)), order_picture(layout, picture), figures)
 
 
 def order_picture(layout: BlockLayout, picture: Image.Image | None = None) -> Image.Image:

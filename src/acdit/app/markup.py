@@ -245,7 +245,8 @@ def _key() -> str:
     """What the mask's colours mean."""
     named = ((READS, "clean reads clean"), (CONDITIONS, "noisy reads clean"), (OWN, "noisy reads its own block"))
     return "".join(
-        f'<span><span class="acdit-key" style="background:rgb{colour}"></span>{name}</span> ' for colour, name in named
+        f'<span style="white-space:nowrap"><span class="acdit-key" style="background:rgb{colour}"></span>{name}</span> '
+        for colour, name in named
     )
 
 
