@@ -107,6 +107,17 @@ def test_text_anatomy_and_models(client: Any) -> None:
     assert [one["kind"] for one in client.predict(api_name="/models")] == ["image", "video", "text"]
 
 
+def test_the_documented_program_runs(
+    page: tuple[str, Service], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "app.md").read_text(encoding="utf-8")
+    (program,) = re.findall(r"```text\n(import base64.*?)```", text, re.S)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(program.replace("http://127.0.0.1:7860", page[0]), "docs/app.md", "exec"), {})
+    assert Image.open("three.png").size == (256, 256)
+    assert settled(page[1])
+
+
 def join(address: str, name: str, *values: Any) -> Any:
     """What the server answers at once to a request that is to be queued."""
     text = json.dumps({"data": list(values)})  # NaN and huge numbers too, as a client may write them

@@ -24,6 +24,8 @@ from acdit.model import PRESETS
 
 TITLE = "ACDiT, block by block"
 _OWN = "the model's own"
+_SESSIONS = 64
+"""What gradio remembers of a visit takes about 100 kB, and nothing here reads it: older visits are forgotten."""
 _HELP = "Blocks are denoised one after another; each reads the finished ones before it from a cache."
 
 
@@ -66,6 +68,7 @@ class Page:
                 from_link, None, [tabs, told, *filled], queue=False, api_visibility="private",
                 show_progress="hidden",
             )  # fmt: skip
+        blocks.state_session_capacity = _SESSIONS
         blocks.queue(default_concurrency_limit=None, max_size=None)
         return blocks
 
