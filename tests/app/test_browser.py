@@ -148,7 +148,7 @@ def test_generate_and_watch(page: tuple[str, Service], browser: Any) -> None:
 
 
 def test_seen_while_it_is_denoised(page: tuple[str, Service], browser: Any) -> None:
-    visitor = Visitor(browser, page[0])
+    visitor = Visitor(browser, page[0], "?tab=image&label=3")
     visitor.steps(120)
     visitor.press("Generate")
     visitor.shows("block 3 of", "image")
@@ -211,7 +211,7 @@ def test_switch_while_it_runs(page: tuple[str, Service], browser: Any) -> None:
 
 
 def test_text_is_watched(page: tuple[str, Service], browser: Any) -> None:
-    visitor = Visitor(browser, page[0], "?tab=text&prompt=a")
+    visitor = Visitor(browser, page[0], "?tab=text&prompt=bad")
     visitor.press("Write")
     seen = watched(visitor, "text")
     assert len(seen) >= 2
@@ -247,7 +247,7 @@ def test_by_keyboard_alone(page: tuple[str, Service], browser: Any) -> None:
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_on_a_phone(page: tuple[str, Service], browser: Any, scheme: str) -> None:
     phone = {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touch": True, "color_scheme": scheme}
-    visitor = Visitor(browser, page[0], **phone)
+    visitor = Visitor(browser, page[0], "?tab=image&label=2", **phone)
     visitor.press("Generate")
     visitor.shows("done in", "image")
     assert visitor.page.evaluate("document.documentElement.scrollWidth") <= 390

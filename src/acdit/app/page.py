@@ -133,7 +133,7 @@ class Page:
                 view = gr.HTML(markup.empty("The blocks will appear here."), elem_id=f"view-{kind}")
         # A link may name switches; they are kept beside the components.
         fields["switches"] = gr.Textbox("", visible=False)
-        self._fields[kind] = fields
+        self._fields[kind] = {**fields, "keep": keep}
         names = list(fields)
 
         async def generate(request: gr.Request, *values: Any) -> AsyncIterator[str]:
