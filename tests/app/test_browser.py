@@ -77,7 +77,10 @@ class Visitor:
         self.page.on("request", lambda one: self._asked(one.url, address))
         self.page.on("response", lambda one: self.wrong.append(one.url) if one.status >= 400 else None)
         self.page.goto(address + query)
-        self.page.wait_for_selector("button:visible", timeout=60 * SECOND)
+        tab = re.search(r"tab=(\w+)", query)
+        self.page.wait_for_selector(f"#view-{tab[1] if tab else 'image'}:visible", timeout=60 * SECOND)
+        if tab:  # the fields are filled in after the page is there
+            self.page.wait_for_timeout(1000)
 
     def _asked(self, url: str, address: str) -> None:
         if not url.startswith((address, "data:", "blob:")):

@@ -23,7 +23,9 @@ from acdit.layout import BlockLayout
 from acdit.sampling import DenoisingStep, generators_from_seed, sample_blocks
 
 PREVIEW_SECONDS = 0.08
-"""Between two previews of one block: decoding takes time too. The first and the last step are always shown."""
+"""At least so long between two previews of one block; the first and the last step are always shown."""
+PREVIEW_SHARE = 4
+"""A preview waits so many times as long as the one before took: an autoencoder does not slow the denoising down."""
 
 
 class Stopped(Exception):
@@ -134,6 +136,7 @@ class _Drawing:
         """uint8 pixels of the steps of time that are finished."""
         self._done, self._all = 0, (self._total - self._first.keep) * self._first.steps
         self._started = self._shown = time.monotonic()
+        self._preview_took = 0.0
 
     def run(self) -> None:
         cache = self._begin()
@@ -188,10 +191,12 @@ class _Drawing:
         if not wanted:
             raise Stopped
         now = time.monotonic()
-        if state.step not in (0, state.num_steps - 1) and now - self._shown < PREVIEW_SECONDS:
+        wait = max(PREVIEW_SECONDS, PREVIEW_SHARE * self._preview_took)
+        if state.step not in (0, state.num_steps - 1) and now - self._shown < wait:
             return
-        self._shown = now
         pixels = self._canvas.pixels([*self._finished, state.estimate()])
+        self._shown = time.monotonic()
+        self._preview_took = self._shown - now
         self._tell(wanted, pixels, state.block, False, state.step + 1)
 
     @staticmethod
