@@ -5,7 +5,8 @@
 
 Quality is the exact likelihood of the texts under a model with one token a block (the judge), in bits a token, and
 the entropy of pairs of neighbouring tokens inside a text: repetition makes a text likely and its entropy small.
-Samplers take turns, so that all meet the same machine. Figures go to docs/results/.
+Samplers take turns, so that all meet the same machine. Rows of a batch reveal independently, and a step is called while
+any row has something to reveal: what parallel reveal saves is seen one text at a time. Figures go to docs/results/.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import math
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +29,12 @@ from acdit.text_sampling import AncestralSampler, ConfidenceSampler, FirstHittin
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
 
 
-def samplers(block: int) -> dict[str, Sampler]:
+def samplers(block: int, thresholds: Sequence[float]) -> dict[str, Sampler]:
     """What is compared, at a block's length."""
     return {
         "first-hitting": FirstHittingSampler(),
         **{f"ancestral, {steps} steps": AncestralSampler(steps) for steps in (block, 4 * block)},
-        **{
-            f"confidence, {threshold:g}": ConfidenceSampler(threshold)
-            for threshold in (1.1, 0.95, 0.9, 0.8, 0.6, 0.4, 0.0)
-        },
+        **{f"confidence, {threshold:g}": ConfidenceSampler(threshold) for threshold in thresholds},
     }
 
 
@@ -44,8 +43,9 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--judge", type=Path, required=True, help="a model of the same tokens with one token a block")
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--texts", type=int, default=64)
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--texts", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, default=1, help="a step of a batch is one for the slowest text in it")
+    parser.add_argument("--thresholds", type=float, nargs="*", default=[1.1, 0.9, 0.6, 0.4, 0.3, 0.2, 0.0])
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -53,7 +53,7 @@ def main() -> None:
     judge = ACDiTTextPipeline.from_pretrained(options.judge).transformer
     if judge.layout.block_tokens != 1 or judge.mask_token != model.mask_token:
         raise SystemExit("--judge: expected one token a block and the vocabulary of the model")
-    measured = measure(model, samplers(model.layout.block_tokens), options)
+    measured = measure(model, samplers(model.layout.block_tokens, options.thresholds), options)
     rows = [{**row, **judged(judge, torch.cat(texts)), "sampler": name} for name, (row, texts) in measured.items()]
     first = rows[0]
     for row in rows:
