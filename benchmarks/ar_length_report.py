@@ -105,7 +105,7 @@ def page(rows: Rows, record: dict[str, Any], left: list[str]) -> str:
     loads = [entry["load_average"] for entry in record["measured"]]
     commits = sorted({entry["commit"] for entry in record["measured"]})
     lines = [
-        f"# Sampling against AR length, {found['date']}", "", "```", record["command"], "```", "",
+        f"# Sampling against AR length, {found['date']}", "", "```bash", record["command"], "```", "",
         *machine.as_markdown(found),
         f"- device {found['device']}; load average before each measurement {min(loads)} … {max(loads)}; measured at "
         f"commit {', '.join(commits)}", "",

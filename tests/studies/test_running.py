@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 
 from acdit.studies import measures
@@ -145,6 +147,13 @@ def test_what_a_study_leaves(tmp_path: Path) -> None:
     assert f"**{written['claims'][0]['verdict']}**" in table
     assert "| one block |" in table
     assert len(Image.open(tmp_path / "out" / "small.png").convert("RGB").getcolors(1 << 20) or []) > 50
+
+
+def test_the_callers_own_logging_is_as_it_was(tmp_path: Path) -> None:
+    trainer = logging.getLogger("acdit.training")
+    before = trainer.level
+    ran(small_study(), tmp_path, [0])
+    assert (trainer.level, diffusers_logging.is_progress_bar_enabled()) == (before, True)
 
 
 def test_one_seed_is_not_resolved(tmp_path: Path) -> None:

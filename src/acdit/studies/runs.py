@@ -12,13 +12,14 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.utils.logging import disable_progress_bar
+from diffusers.utils import logging as diffusers_logging
 
 from acdit import provenance, storage
 from acdit.allocator import keep_freed_memory
@@ -82,13 +83,29 @@ class _Work:
 
     def prepare(self, worker: int) -> None:
         keep_freed_memory()
-        disable_progress_bar()  # of loading a model, once a run
-        # That pictures and tensorboard are off is meant.
-        logging.getLogger("acdit.training").setLevel(logging.ERROR)
 
     def __call__(self, item: int, progress: Progress) -> int:
-        self.jobs[item].do(progress)
+        with _quiet():
+            self.jobs[item].do(progress)
         return item
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the bar of loading a model, once a run, and warnings that pictures and tensorboard are off: it is meant.
+
+    Everything is as before afterwards: one worker is the caller's own process.
+    """
+    trainer = logging.getLogger("acdit.training")
+    level, bars = trainer.level, diffusers_logging.is_progress_bar_enabled()
+    trainer.setLevel(logging.ERROR)
+    diffusers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        trainer.setLevel(level)
+        if bars:
+            diffusers_logging.enable_progress_bar()
 
 
 def train(run: Run, cache: Path) -> Path:
