@@ -80,16 +80,12 @@ def test_an_upload_is_continued(page: tuple[str, Service], client: Any, tmp_path
 
 
 def test_a_switch_and_a_cancel(page: tuple[str, Service], client: Any) -> None:
-    job = client.submit({"blocks": 12, "steps": 20, "label": 1}, api_name="/video")
-    name, switched = None, False
-    while not job.done():
-        outputs = job.outputs()
-        if outputs and not switched and outputs[-1]["event"] == "block":
-            name = outputs[-1]["request"]
-            assert client.predict(name, 3, api_name="/switch") == {"label": 3}
-            switched = True
+    job = client.submit({"blocks": 60, "steps": 40, "label": 1}, api_name="/video")  # seconds: longer than a call takes
+    while not any(output["event"] in ("step", "block") for output in job.outputs()):
         time.sleep(0.005)
-    assert job.result()["labels"][-1] == 3
+    assert client.predict(job.outputs()[0]["request"], 3, api_name="/switch") == {"label": 3}
+    labels = job.result(timeout=120)["labels"]
+    assert (labels[0], labels[-1]) == (1, 3)
     job = client.submit({"blocks": 60, "steps": 100}, api_name="/video")
     while not job.outputs():
         time.sleep(0.01)
