@@ -161,11 +161,11 @@ def cuda_answers_itself() -> Iterator[None]:
         yield
         return
     held = torch.Tensor.cuda
-    torch.Tensor.cuda = lambda tensor, *_, **__: tensor  # type: ignore[method-assign, assignment]
+    torch.Tensor.cuda = lambda tensor, *_, **__: tensor  # type: ignore[method-assign, assignment]  # as its code calls it
     try:
         yield
     finally:
-        torch.Tensor.cuda = held  # type: ignore[method-assign]
+        torch.Tensor.cuda = held  # type: ignore[method-assign]  # torch's own again
 
 
 @torch.no_grad()

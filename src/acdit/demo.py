@@ -22,9 +22,9 @@ from acdit.draws import first_sample_seed
 from acdit.errors import StorageError
 from acdit.evaluation import (
     PictureClassifier,
+    digits_judge,
     matched_frechet_distance,
     nearest_training_distance,
-    train_classifier,
 )
 from acdit.generation import SamplingSettings, draw_pictures
 from acdit.pipelines import ACDiTPipeline
@@ -120,16 +120,6 @@ def draw_samples(pipeline: ACDiTPipeline, recipe: Recipe, labels: Tensor, seed: 
     return torch.cat(chunks)
 
 
-def digits_judge() -> tuple[PictureClassifier, float]:
-    """The classifier that judges digits, always the same one, and its accuracy on the held-out ones.
-
-    Raises:
-        DataError: it recognises less than 0.97 of them.
-    """
-    train, held_out = DigitsDataset("train"), DigitsDataset("held_out")
-    return train_classifier(train.images, train.labels, held_out.images, held_out.labels)
-
-
 def measure(samples: Tensor, labels: Tensor, judge: tuple[PictureClassifier, float] | None = None) -> dict[str, Any]:
     """How good samples (M, 1, 8, 8) uint8 of the classes `labels` (M,) are.
 
@@ -137,7 +127,7 @@ def measure(samples: Tensor, labels: Tensor, judge: tuple[PictureClassifier, flo
 
     Args:
         samples, labels: at least 50 of each class.
-        judge: what `digits_judge` gave; None: trained here.
+        judge: what `acdit.evaluation.digits_judge` gave; None: trained here.
 
     Returns:
         The figures of metrics.json that concern quality.

@@ -17,16 +17,8 @@ from acdit.errors import ConfigError
 from acdit.model import ACDiTTransformer
 from acdit.safe_loading import SafetensorsOnly
 from acdit.sampling import Generators
-from acdit.text_sampling import (
-    AncestralSampler,
-    ConfidenceSampler,
-    FirstHittingSampler,
-    Sampler,
-    TextSamplingStep,
-    sample_tokens,
-)
+from acdit.text_sampling import Sampler, TextSamplingStep, cut_text, make_sampler, sample_tokens
 
-SAMPLERS = ("first_hitting", "ancestral", "confidence")
 Prompts = str | Sequence[str] | Sequence[Sequence[int]] | torch.Tensor | None
 
 
@@ -115,7 +107,7 @@ class ACDiTTextPipeline(SafetensorsOnly, DiffusionPipeline):
             ConfigError: an argument that does not fit the model.
         """
         *_, rows = self._rows(
-            prompts, max_new_tokens, generator, batch_size, self._sampler(sampler, num_inference_steps, threshold),
+            prompts, max_new_tokens, generator, batch_size, make_sampler(sampler, num_inference_steps, threshold),
             temperature, top_p, eos_token, on_step,
         )  # fmt: skip
         texts = None if self.tokenizer is None else [self.tokenizer.decode(row) for row in rows]
@@ -145,7 +137,7 @@ class ACDiTTextPipeline(SafetensorsOnly, DiffusionPipeline):
         streams: list[Any] = []
         shown: list[int] = []
         for rows in self._rows(
-            prompts, max_new_tokens, generator, batch_size, self._sampler(sampler, num_inference_steps, threshold),
+            prompts, max_new_tokens, generator, batch_size, make_sampler(sampler, num_inference_steps, threshold),
             temperature, top_p, eos_token, None,
         ):  # fmt: skip
             streams = streams or [self.tokenizer.stream() for _ in rows]
@@ -162,7 +154,7 @@ class ACDiTTextPipeline(SafetensorsOnly, DiffusionPipeline):
         on_step: Callable[[TextSamplingStep], None] | None,
     ) -> Iterator[list[list[int]]]:  # fmt: skip
         """All tokens of each row so far, after every block."""
-        given = self._prompt_ids(prompts)
+        given = self.prompt_ids(prompts)
         if eos_token is None:
             eos_token = getattr(self.tokenizer, "eos_token_id", None)
         eos_token = None if eos_token == -1 else eos_token
@@ -179,10 +171,16 @@ class ACDiTTextPipeline(SafetensorsOnly, DiffusionPipeline):
                 written = [row[: first * length] for row in given]
             written = [row + new for row, new in zip(written, block.tolist(), strict=True)]
             yield [
-                _cut(row, len(prompt), max_new_tokens, eos_token) for row, prompt in zip(written, given, strict=True)
+                cut_text(row, len(prompt), max_new_tokens, eos_token)
+                for row, prompt in zip(written, given, strict=True)
             ]
 
-    def _prompt_ids(self, prompts: Prompts) -> list[list[int]]:
+    def prompt_ids(self, prompts: Prompts) -> list[list[int]]:
+        """Token ids of every prompt, BOS in front where the model's texts begin with it.
+
+        Raises:
+            ConfigError: texts, and no tokenizer.
+        """
         begin: list[int] = []
         if self.config.begins_with_bos:
             if self.tokenizer is None:
@@ -199,14 +197,6 @@ class ACDiTTextPipeline(SafetensorsOnly, DiffusionPipeline):
             raise ConfigError("prompts", found="text", expected="token ids: this pipeline has no tokenizer")
         return [[*begin, *self.tokenizer.encode(str(row))] for row in rows]
 
-    @staticmethod
-    def _sampler(name: str, steps: int, threshold: float) -> Sampler:
-        if name not in SAMPLERS:
-            raise ConfigError("sampler", found=repr(name), expected=f"one of {SAMPLERS}")
-        if name == "ancestral":
-            return AncestralSampler(steps)
-        return ConfidenceSampler(threshold) if name == "confidence" else FirstHittingSampler()
-
     def _require_same_vocabulary(self) -> None:
         if self.tokenizer is not None:
             require_vocabulary(self.tokenizer, self.transformer.config.vocab_size)
@@ -220,12 +210,3 @@ def _local_folder(name: str, options: dict[str, Any]) -> Path:
 
     known = {key: options[key] for key in ("revision", "cache_dir", "token", "local_files_only") if key in options}
     return Path(huggingface_hub.snapshot_download(name, allow_patterns="tokenizer/*", **known))
-
-
-def _cut(row: list[int], prompt: int, max_new_tokens: int | None, eos_token: int | None) -> list[int]:
-    """A row as far as it was asked for, without its own EOS."""
-    row = row if max_new_tokens is None else row[: prompt + max_new_tokens]
-    if eos_token is None:
-        return row
-    new = row[prompt:]
-    return row[:prompt] + (new[: new.index(eos_token)] if eos_token in new else new)

@@ -162,6 +162,42 @@ class ConfidenceSampler:
 
 
 Sampler = AncestralSampler | FirstHittingSampler | ConfidenceSampler
+SAMPLERS = ("first_hitting", "ancestral", "confidence")
+"""By name, for `make_sampler`."""
+
+
+def make_sampler(name: str, num_inference_steps: int = 64, threshold: float = 0.9) -> Sampler:
+    """The sampler of that name.
+
+    Args:
+        name: one of `SAMPLERS`.
+        num_inference_steps: of the ancestral one, a block.
+        threshold: of the one by confidence.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name not in SAMPLERS:
+        raise ConfigError("sampler", found=repr(name), expected=f"one of {SAMPLERS}")
+    if name == "ancestral":
+        return AncestralSampler(num_inference_steps)
+    return ConfidenceSampler(threshold) if name == "confidence" else FirstHittingSampler()
+
+
+def cut_text(row: list[int], prompt: int, max_new_tokens: int | None, eos_token: int | None) -> list[int]:
+    """A row of tokens as far as it was asked for, without its own EOS.
+
+    Args:
+        row: prompt and what was written so far, whole blocks.
+        prompt: tokens of it.
+        max_new_tokens: asked for behind the prompt; None: all.
+        eos_token: ends a text behind the prompt; None: nothing does.
+    """
+    row = row if max_new_tokens is None else row[: prompt + max_new_tokens]
+    if eos_token is None:
+        return row
+    new = row[prompt:]
+    return row[:prompt] + (new[: new.index(eos_token)] if eos_token in new else new)
 
 
 def _nth_masked(masked: Tensor, n: Tensor) -> Tensor:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import signal
+import subprocess
 import sys
 import threading
 import traceback
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 from tqdm import tqdm
 
+ROOT = Path(__file__).parents[2]
 LONG = [pytest.mark.campaign, pytest.mark.timeout(3600)]
 """Marks of a long form."""
 
@@ -22,6 +27,18 @@ def short_and_long(short: int, long: int) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(
         "cases", [pytest.param(short, id="short"), pytest.param(long, id="long", marks=LONG)]
     )
+
+
+def in_own_process(function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    """What a function of a test module gives, called in a fresh interpreter; a crash or a hang fails the test."""
+    code = f"import json, sys; from {function.__module__} import {function.__name__} as f; "
+    done = subprocess.run(
+        [sys.executable, "-c", code + "print(json.dumps(f(*json.loads(sys.argv[1]))))", json.dumps(arguments)],
+        env={**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=3500,
+    )  # fmt: skip
+    assert done.returncode == 0, f"ended with {done.returncode}:\n{done.stderr[-3000:]}"
+    return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
 def in_child(action: Callable[[], int], largest_file: int | None = None, seconds: int = 120) -> tuple[int, str]:

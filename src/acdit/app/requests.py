@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from acdit.errors import ConfigError
-from acdit.pipelines_text import SAMPLERS
+from acdit.text_sampling import SAMPLERS
 
 LARGEST_SEED = 2**53 - 1
 """What a browser's numbers hold exactly."""

@@ -10,16 +10,10 @@ from acdit.app.events import Cancelled, Done, Text, Ticket
 from acdit.app.models import ServedModel
 from acdit.app.requests import TextRequest
 from acdit.cache import KVCache
+from acdit.codecs import Tokenizer
 from acdit.errors import ConfigError
 from acdit.pipelines_text import ACDiTTextPipeline
-from acdit.text_sampling import (
-    AncestralSampler,
-    ConfidenceSampler,
-    FirstHittingSampler,
-    Sampler,
-    TextSamplingStep,
-    sample_tokens,
-)
+from acdit.text_sampling import TextSamplingStep, cut_text, make_sampler, sample_tokens
 
 MASKED = "▒"
 PREVIEW_SECONDS = 0.08
@@ -35,9 +29,7 @@ def prompt_ids(served: ServedModel, request: TextRequest) -> list[int]:
     Raises:
         ConfigError: too long, or more new tokens than there is room for.
     """
-    pipeline = served.pipeline
-    begin = [pipeline.tokenizer.bos_token_id] if pipeline.config.begins_with_bos else []
-    ids = [*begin, *(int(token) for token in pipeline.tokenizer.encode(request.prompt))]
+    (ids,) = served.pipeline.prompt_ids([request.prompt])
     context = served.layout.num_tokens
     if len(ids) >= context:
         raise ConfigError("prompt", found=f"{len(ids)} tokens", expected=f"fewer than the context's {context}")
@@ -76,7 +68,7 @@ def write(served: ServedModel, ticket: Ticket, register: Callable[[KVCache], Non
     started = shown = time.monotonic()
 
     def texts() -> tuple[str, ...]:
-        return tuple(tokenizer.decode(_ended(row[:end], len(ids), eos)) for row in rows)
+        return tuple(tokenizer.decode(cut_text(row, len(ids), new, eos)) for row in rows)
 
     def tell(block: int, current: list[list[int]], finished: bool, step: int) -> None:
         masked = sum(row.count(model.mask_token or -1) for row in current) / max(1, len(current))
@@ -101,7 +93,8 @@ def write(served: ServedModel, ticket: Ticket, register: Callable[[KVCache], Non
             tell(state.block, state.tokens.tolist(), False, state.step + 1)
 
     blocks = sample_tokens(
-        model, prompts=[ids], batch_size=request.samples, sampler=_sampler(request), temperature=request.temperature,
+        model, prompts=[ids], batch_size=request.samples,
+        sampler=make_sampler(request.sampler, request.steps, request.threshold), temperature=request.temperature,
         top_p=request.top_p, max_new_tokens=request.new_tokens, eos_token=eos, cache=cache, generator=request.seed,
         on_step=on_step,
     )  # fmt: skip
@@ -117,26 +110,13 @@ def write(served: ServedModel, ticket: Ticket, register: Callable[[KVCache], Non
     )  # fmt: skip
 
 
-def _sampler(request: TextRequest) -> Sampler:
-    if request.sampler == "ancestral":
-        return AncestralSampler(request.steps)
-    return ConfidenceSampler(request.threshold) if request.sampler == "confidence" else FirstHittingSampler()
-
-
-def _ended(row: list[int], prompt: int, eos: int | None) -> list[int]:
-    """A row up to its own EOS."""
-    if eos is None or eos not in row[prompt:]:
-        return row
-    return row[: prompt + row[prompt:].index(eos)]
-
-
-def _with_masks(tokenizer: object, row: list[int], mask: int | None) -> str:
+def _with_masks(tokenizer: Tokenizer, row: list[int], mask: int | None) -> str:
     """A block at work as text: runs of known tokens decoded, a sign for each masked one."""
     parts: list[str] = []
     known: list[int] = []
     for token in [*row, None]:
         if token is None or token == mask:
-            parts.append(tokenizer.decode(known) if known else "")  # type: ignore[attr-defined]
+            parts.append(tokenizer.decode(known) if known else "")
             parts.append(MASKED if token is not None else "")
             known = []
         else:

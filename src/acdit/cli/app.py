@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from acdit.cli.models import DTYPES, is_text_model, load_pipeline, load_text_pipeline
+from acdit.cli.models import DTYPES, OF_PICTURES, is_text_model, load_pipeline, load_text_pipeline
 from acdit.cli.parser import AddCommand, positive, seed
 
 _USUAL = ("runs/demo/model", "runs/demo-video/model", "runs/demo-text/model")
@@ -31,9 +31,7 @@ def add(command: AddCommand) -> None:
     made.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="of the weights (default fp32)")
     made.add_argument("--device", help="default: cuda where there is one")
     made.add_argument("--vae", metavar="PATH", help="autoencoder for models that were saved without their own")
-    made.set_defaults(
-        steps=1, labels=None, guidance_scale=1.5, solver=None, vae_tiling=False, vae_slicing=False
-    )  # of the other commands that load models
+    made.set_defaults(steps=1, **OF_PICTURES)  # what loading a model looks at: here a request brings it
 
 
 def _app(options: argparse.Namespace) -> None:

@@ -12,7 +12,7 @@ from acdit.cli.parser import finite, positive, seed
 from acdit.solvers import SOLVERS
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
-_OF_PICTURES = {
+OF_PICTURES = {
     "labels": None, "guidance_scale": 1.5, "solver": None, "vae": None, "vae_tiling": False, "vae_slicing": False,
 }  # fmt: skip
 """Sampling options that texts have no use for, and their defaults."""
@@ -102,7 +102,7 @@ def load_text_pipeline(options: argparse.Namespace, device: Any = None) -> Any:
     from acdit import ACDiTTextPipeline
     from acdit.errors import ConfigError, StorageError, first_line
 
-    for name, usual in _OF_PICTURES.items():
+    for name, usual in OF_PICTURES.items():
         if getattr(options, name) != usual:
             raise ConfigError(f"--{name.replace('_', '-')}", found="a model of text", expected="a model of pictures")
     folder = Path(options.model)

@@ -209,17 +209,16 @@ def _i3d(options: ExtractorOptions) -> Extractor:
 def _digits_classifier(options: ExtractorOptions) -> Extractor:
     """The judge of the demo: a small classifier, trained now on the built-in digits (seconds)."""
     from acdit.data import DigitsDataset
-    from acdit.evaluation.classifier import train_classifier
+    from acdit.evaluation.classifier import digits_judge
 
     _refuse_options("digits-classifier", options)
-    train, held_out = DigitsDataset("train"), DigitsDataset("held_out")
-    classifier, _ = train_classifier(train.images, train.labels, held_out.images, held_out.labels)
+    (classifier, _), shape = digits_judge(), DigitsDataset("train").shape
 
     def features(pixels: Tensor) -> Features:
-        if tuple(pixels.shape[1:]) != train.shape:
+        if tuple(pixels.shape[1:]) != shape:
             raise ConfigError(
                 "--extractor digits-classifier", found=f"pictures of shape {tuple(pixels.shape[1:])}",
-                expected=f"{train.shape}, as the built-in digits are", fix="--extractor pixels, or inception",
+                expected=f"{shape}, as the built-in digits are", fix="--extractor pixels, or inception",
             )  # fmt: skip
         pooled = classifier.features(pixels)
         return Features(pooled, probabilities=classifier.head(pooled).softmax(dim=1))

@@ -17,6 +17,7 @@ from acdit.data.build import as_measured, build_dataset
 from acdit.evaluation import (
     ClassifierFacts,
     class_matched_subset,
+    digits_judge,
     load_classifier,
     matched_frechet_distance,
     save_classifier,
@@ -62,7 +63,7 @@ def prepare(measure: str, setting: Setting, recipe: Recipe, folder: Path) -> Non
         assert isinstance(size, int)
         facts = ClassifierFacts("small", (1, size, size), 10, "frames of moving digits", accuracy)
     elif setting.name == "digits":
-        classifier, accuracy = demo.digits_judge()
+        classifier, accuracy = digits_judge()
         facts = ClassifierFacts("small", (1, 8, 8), 10, "the built-in training digits", accuracy)
     else:
         train, held_out = (_pictures(recipe, split) for split in (recipe.data.split, setting.held_out))
