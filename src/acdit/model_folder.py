@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from acdit import storage
+from acdit import builtin, storage
 from acdit.errors import ConfigError
 from acdit.recipe import CorruptionRecipe, ModelRecipe, Recipe, flatten, load_recipe
 
@@ -20,12 +20,12 @@ def overrides_from(folder: str | Path) -> list[str]:
     """Overrides of a recipe that make its model, schedule and pixel scale those of a saved pipeline, and start from it.
 
     Args:
-        folder: a run's model/, as `ACDiTPipeline.save_pretrained` leaves it.
+        folder: a run's model/, as `ACDiTPipeline.save_pretrained` leaves it, or a built-in model's name.
 
     Raises:
         ConfigError: no such folder, or a model of text.
     """
-    folder = Path(folder)
+    folder = Path(builtin.located(folder))
     index, config = _read(folder, "model_index.json"), _read(folder, "transformer/config.json")
     if config.get("vocab_size") is not None or index.get("_class_name") != "ACDiTPipeline":
         raise ConfigError(
@@ -55,7 +55,8 @@ def require_whole(folder: str | Path) -> None:
         ConfigError: no pipeline's folder.
         StorageError: a damaged one.
     """
-    if not (Path(folder) / "model_index.json").is_file():
+    folder = Path(builtin.located(folder))
+    if not (folder / "model_index.json").is_file():
         raise ConfigError(
             f"model {folder}", found="no model_index.json there", expected="the folder of a saved pipeline",
             fix="train one (make demo leaves runs/demo/model), or check the path",
@@ -68,7 +69,7 @@ def recipe_to_measure(model: str | Path, data: str | None, overrides: Sequence[s
     """The recipe whose data a model is measured on: another split of what its run has learned from, or `data`.
 
     Args:
-        model: the model's folder, recipe.yaml of its run beside it.
+        model: the model's folder, recipe.yaml of its run beside it; or a built-in model's name.
         data: a recipe (a shipped one's name or a YAML path) instead.
         overrides: of the recipe. Without `data` they name the split, but for runs that have a validation split.
 
@@ -77,7 +78,7 @@ def recipe_to_measure(model: str | Path, data: str | None, overrides: Sequence[s
     """
     if data is not None:
         return load_recipe(data, overrides)
-    beside = Path(model).parent / "recipe.yaml"
+    beside = Path(builtin.located(model)).parent / "recipe.yaml"
     if not beside.is_file():
         raise ConfigError(
             "--data", found="nothing, and no recipe.yaml beside the model", expected="a recipe with the data",

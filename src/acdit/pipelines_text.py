@@ -12,6 +12,7 @@ import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import BaseOutput
 
+from acdit import builtin
 from acdit.codecs import load_tokenizer, require_vocabulary
 from acdit.errors import ConfigError
 from acdit.model import ACDiTTransformer
@@ -63,11 +64,12 @@ class ACDiTTextPipeline(SafetensorsOnly, DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **options: Any) -> Any:
-        """diffusers' own, with the tokenizer that lies in tokenizer/ of the folder or hub repository; no code is
-        executed."""
-        pipeline = super().from_pretrained(pretrained_model_name_or_path, **options)
+        """diffusers' own, for a folder, a hub id or a built-in model's name, with the tokenizer that lies in tokenizer/
+        there; no code is executed."""
+        name = builtin.located(pretrained_model_name_or_path)
+        pipeline = super().from_pretrained(name, **options)
         if pipeline.tokenizer is None:
-            folder = _local_folder(str(pretrained_model_name_or_path), options) / "tokenizer"
+            folder = _local_folder(name, options) / "tokenizer"
             if folder.is_dir():
                 pipeline.tokenizer = load_tokenizer(str(folder))
                 pipeline._require_same_vocabulary()

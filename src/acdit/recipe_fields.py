@@ -177,7 +177,7 @@ class TrainRecipe:
 
     `parallel` is how several processes share the work: "ddp" (whole weights in each) or "fsdp2" (rows of the weights,
     averages and moments in each). After `timeout_seconds` without an answer, the other processes count as lost.
-    `init_from` is a saved model to start from: its folder or hub id.
+    `init_from` is a saved model to start from: its folder, a built-in model's name or hub id.
     """
 
     steps: int | None = None

@@ -9,7 +9,8 @@ from typing import Any
 from acdit.cli.models import DTYPES, OF_PICTURES, is_text_model, load_pipeline, load_text_pipeline
 from acdit.cli.parser import AddCommand, positive, seed
 
-_USUAL = ("runs/demo/model", "runs/demo-video/model", "runs/demo-text/model")
+_USUAL = {"runs/demo/model": "digits", "runs/demo-video/model": "moving-digits", "runs/demo-text/model": "text"}
+"""What the demos leave, and the built-in model in the place of one that is not there."""
 
 
 def add(command: AddCommand) -> None:
@@ -21,7 +22,11 @@ def add(command: AddCommand) -> None:
         "acdit app runs/demo/model runs/demo-text/model\n  acdit app --port 0",
     )  # fmt: skip
     made.add_argument(
-        "models", nargs="*", metavar="MODEL", help="folders of saved pipelines (default: what the demos left in runs/)"
+        "models",
+        nargs="*",
+        metavar="MODEL",
+        help="folders of saved pipelines, or built-in names (default: what the demos left in runs/, else the built-in "
+        "models)",
     )
     made.add_argument("--port", type=seed, default=7860, help="on 127.0.0.1 (default 7860; 0: any free one)")
     made.add_argument(
@@ -43,14 +48,14 @@ def _app(options: argparse.Namespace) -> None:
     if options.port > 65535:
         raise ConfigError("--port", found=str(options.port), expected="0 … 65535")
     require_gradio()
-    names = options.models or [name for name in _USUAL if Path(name, "model_index.json").is_file()]
+    names = options.models or [
+        demo if Path(demo, "model_index.json").is_file() else small for demo, small in _USUAL.items()
+    ]
     models = [ServedModel(name, _pipeline(options, name)) for name in dict.fromkeys(names)]
     limits = Limits(waiting=options.queue, batch=max(options.batch_size, Limits.samples))
-    if not models:
-        print("no models: only the anatomy is served (make demo trains one; then acdit app runs/demo/model)")
 
     def started(address: str) -> None:
-        print(f"serving {', '.join(model.name for model in models) or 'the anatomy'} on {address} (Ctrl-C ends it)")
+        print(f"serving {', '.join(model.name for model in models)} on {address} (Ctrl-C ends it)")
 
     serve(models, options.port, limits, started)
 

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from acdit import builtin
 from acdit.cli.parser import finite, positive, seed
 from acdit.solvers import SOLVERS
 
@@ -45,7 +46,7 @@ def load_pipeline(options: argparse.Namespace, device: Any = None) -> Any:
     from acdit import ACDiTPipeline
     from acdit.errors import ConfigError, StorageError, first_line
 
-    folder = Path(options.model)
+    folder = Path(builtin.located(options.model))
     _require_whole(folder, options.model)
     dtype = getattr(torch, DTYPES[options.dtype])
     chosen = chosen_device(device or options.device)
@@ -57,7 +58,7 @@ def load_pipeline(options: argparse.Namespace, device: Any = None) -> Any:
             raise StorageError(f"model {options.model}", found=reason, expected="a saved ACDiTPipeline") from error
         raise ConfigError(
             f"model {options.model}", found=f"no such folder, and no such model on the hub ({reason})",
-            expected="a saved ACDiTPipeline", fix="make demo leaves one in runs/demo/model",
+            expected="a saved ACDiTPipeline", fix=f"name a built-in one ({', '.join(builtin.NAMES)}), or what make demo leaves: runs/demo/model",
         ) from error  # fmt: skip
     if options.vae is not None:
         from acdit.codecs import load_vae
@@ -82,8 +83,8 @@ def load_pipeline(options: argparse.Namespace, device: Any = None) -> Any:
 
 
 def is_text_model(model: str) -> bool:
-    """Whether a folder holds an `ACDiTTextPipeline`; models of text are read from folders only."""
-    index = Path(model) / "model_index.json"
+    """Whether a folder, or the built-in model of that name, is an `ACDiTTextPipeline`; others are pictures or clips."""
+    index = Path(builtin.located(model)) / "model_index.json"
     try:
         return bool(json.loads(index.read_text(encoding="utf-8"))["_class_name"] == "ACDiTTextPipeline")
     except (OSError, ValueError, KeyError, TypeError):
@@ -105,7 +106,7 @@ def load_text_pipeline(options: argparse.Namespace, device: Any = None) -> Any:
     for name, usual in OF_PICTURES.items():
         if getattr(options, name) != usual:
             raise ConfigError(f"--{name.replace('_', '-')}", found="a model of text", expected="a model of pictures")
-    folder = Path(options.model)
+    folder = Path(builtin.located(options.model))
     _require_whole(folder, options.model)
     chosen = chosen_device(device or options.device)
     try:
@@ -192,7 +193,7 @@ def averaging_of(model: str) -> dict[str, Any]:
     from acdit.errors import AcditError
     from acdit.recipe import load_recipe
 
-    recipe_file = Path(model).parent / "recipe.yaml"
+    recipe_file = Path(builtin.located(model)).parent / "recipe.yaml"
     if not recipe_file.is_file():
         return {"decay": None, "source": "unknown: no recipe.yaml beside the model folder"}
     try:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from acdit import draws, provenance, storage
+from acdit import builtin, draws, provenance, storage
 from acdit.chunks import ChunkStore, make_missing
 from acdit.classifiers import FOLDER, ACDiTClassifier
 from acdit.corruption import GaussianCorruption
@@ -149,7 +149,7 @@ class ClassifierTrainer(Trainer):
                 "train.init_from", found="nothing", expected="the model whose features are read",
                 fix="add model=PATH, the model/ folder of a run",
             )  # fmt: skip
-        self.source = Path(recipe.train.init_from)
+        self.source = Path(builtin.located(recipe.train.init_from))
         if not (self.source / "model_index.json").is_file():
             raise ConfigError(
                 "train.init_from",

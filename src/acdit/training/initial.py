@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from acdit import builtin
 from acdit.codecs import load_tokenizer, require_vocabulary
 from acdit.errors import ConfigError, first_line
 from acdit.model import ACDiTTransformer
@@ -23,7 +24,7 @@ def initialise(model: ACDiTTransformer, source: str, tokenizer: Any = None) -> l
 
     Args:
         model: to be changed.
-        source: folder of a pipeline (a run's model/) or of its transformer, or a hub id.
+        source: folder of a pipeline (a run's model/) or of its transformer, a built-in model's name, or a hub id.
         tokenizer: of the run's text. With as many tokens as the source's it must be the same; of another number, the
             embedding and the output start afresh.
 
@@ -33,7 +34,7 @@ def initialise(model: ACDiTTransformer, source: str, tokenizer: Any = None) -> l
     Raises:
         ConfigError: no such model, layers of another size, ids that mean other tokens.
     """
-    folder = Path(source)
+    folder = Path(builtin.located(source))
     subfolder = None if (folder / "config.json").is_file() else "transformer"
     try:
         other = ACDiTTransformer.from_pretrained(source, subfolder=subfolder)
