@@ -24,7 +24,9 @@ def facts() -> dict[str, Any]:
 
 def command_line() -> str:
     """The command this process was started with."""
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    module = [] if spec is None else ["python", "-m", spec.name.removesuffix(".__main__")]
+    return shlex.join([*(module or [Path(sys.argv[0]).name]), *sys.argv[1:]])
 
 
 def commit() -> str | None:
