@@ -20,7 +20,8 @@ VOCABULARY = {"characters": None, "gpt2": 50_257}
 """Of text the vocabulary is the data's; of characters it is not known beforehand."""
 FAMILIES = {
     "Small, on two cores": ("digits", "finetune-digits", "mnist", "finetune-mnist", "cifar10", "moving-digits-first",
-                            "moving-digits", "text"),
+                            "moving-digits", "moving-digits-small-first",
+                            "moving-digits-small", "text", "text-small"),
     "One GPU": ("moving-mnist", "tinyshakespeare", "wikitext2"),
     "ImageNet": ("imagenet", "finetune-imagenet"),
     "Video": ("ucf101",),
