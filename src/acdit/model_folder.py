@@ -25,7 +25,7 @@ def overrides_from(folder: str | Path) -> list[str]:
     Raises:
         ConfigError: no such folder, or a model of text.
     """
-    folder = Path(builtin.located(folder))
+    named, folder = str(folder), Path(builtin.located(folder))
     index, config = _read(folder, "model_index.json"), _read(folder, "transformer/config.json")
     if config.get("vocab_size") is not None or index.get("_class_name") != "ACDiTPipeline":
         raise ConfigError(
@@ -35,7 +35,7 @@ def overrides_from(folder: str | Path) -> list[str]:
     model = {name: value for name, value in config.items() if name in fields}
     ndim = len(model["grid"])
     model["patch"] = [model["patch"]] * ndim if isinstance(model.get("patch"), int) else model.get("patch")
-    wanted: dict[str, Any] = {"train.init_from": str(folder)}
+    wanted: dict[str, Any] = {"train.init_from": named}
     if index.get("latents"):
         wanted["codec.kind"] = "vae"
     else:
