@@ -1,4 +1,4 @@
-"""The models that come with the package: there before any training, small, from the recipes they say, as good as told."""
+"""The models that come with the package: there before any training, small, from shipped recipes, as good as told."""
 
 from __future__ import annotations
 

@@ -58,7 +58,8 @@ def load_pipeline(options: argparse.Namespace, device: Any = None) -> Any:
             raise StorageError(f"model {options.model}", found=reason, expected="a saved ACDiTPipeline") from error
         raise ConfigError(
             f"model {options.model}", found=f"no such folder, and no such model on the hub ({reason})",
-            expected="a saved ACDiTPipeline", fix=f"name a built-in one ({', '.join(builtin.NAMES)}), or what make demo leaves: runs/demo/model",
+            expected="a saved ACDiTPipeline",
+            fix=f"name a built-in one ({', '.join(builtin.NAMES)}), or what make demo leaves: runs/demo/model",
         ) from error  # fmt: skip
     if options.vae is not None:
         from acdit.codecs import load_vae
