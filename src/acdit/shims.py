@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 PIPELINE = "pipeline_acdit"
+ABOUT = ("README.md", "recipe.yaml", "metrics.json", "samples.png", "samples.gif")
+"""Files of such a folder that tell of its run: of another model's, once that is made from it."""
 TEXT_CLASS = "ACDiTTextPipeline"
 _PIPELINES = ("ACDiTPipeline", TEXT_CLASS)
 # Component → (its file, its class, the module that file imports it from).

@@ -8,6 +8,7 @@
 import hashlib
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 
@@ -30,7 +31,7 @@ def theirs(folder: str) -> Any:
 def own(folder: str) -> Any:
     import acdit
 
-    text = "ACDiTTextPipeline" in open(f"{folder}/model_index.json").read()
+    text = "ACDiTTextPipeline" in Path(folder, "model_index.json").read_text()
     return (acdit.ACDiTTextPipeline if text else acdit.ACDiTPipeline).from_pretrained(folder)
 
 

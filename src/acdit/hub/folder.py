@@ -101,7 +101,8 @@ def require_ours(output: Path) -> None:
     """
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
-    if not storage.is_committed(output) or not (output / f"{shims.PIPELINE}.py").is_file():
+    marks = (storage.MANIFEST, storage.FOR_PEOPLE, f"{shims.PIPELINE}.py")  # a run's model/ has not all of them
+    if not all((output / name).is_file() for name in marks):
         raise StorageError(
             f"{output}", found="a file" if output.is_file() else "a folder that is no export of a model",
             expected="nothing there, or an earlier export", fix="choose another --hub",
@@ -110,7 +111,7 @@ def require_ours(output: Path) -> None:
     there = {file.relative_to(output).as_posix() for file in output.rglob("*") if not file.is_dir()}
     strange = sorted(there - set(listed) - {storage.MANIFEST})
     card = output / storage.FOR_PEOPLE
-    if not strange and card.is_file() and storage.file_sha256(card) != listed[storage.FOR_PEOPLE][1]:
+    if not strange and storage.file_sha256(card) != listed[storage.FOR_PEOPLE][1]:
         strange = [f"a {storage.FOR_PEOPLE} that was edited"]
     if strange:
         raise StorageError(

@@ -57,7 +57,7 @@ def push(folder: str | Path, repo_id: str, *, private: bool = False, message: st
     Raises:
         ConfigError: no token or a wrong one, no right to write there, a repository that holds something else or that
             everybody can read where `private` was asked for.
-        StorageError: the hub cannot be reached, or failed.
+        StorageError: the hub cannot be reached, or fails.
     """
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError
@@ -81,8 +81,8 @@ def push(folder: str | Path, repo_id: str, *, private: bool = False, message: st
         raise _refused(error, repo_id, folder) from error
     except Exception as error:  # the network's: requests' or httpx's, as the version of huggingface_hub has it
         raise StorageError(
-            f"--push {repo_id}", found=f"the hub cannot be reached ({type(error).__name__}: {first_line(error)})",
-            expected="a network that leads there", fix=_later(repo_id, folder),
+            f"--push {repo_id}", found=f"an upload that failed ({type(error).__name__}: {first_line(error)})",
+            expected="a hub that can be reached", fix=_later(repo_id, folder),
         ) from error  # fmt: skip
     return f"{api.endpoint}/{repo_id}"
 
