@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from acdit import builtin, storage
+from acdit import builtin, shims, storage
 from acdit.errors import ConfigError
 from acdit.recipe import CorruptionRecipe, ModelRecipe, Recipe, flatten, load_recipe
 
@@ -27,9 +27,9 @@ def overrides_from(folder: str | Path) -> list[str]:
     """
     named, folder = str(folder), Path(builtin.located(folder))
     index, config = _read(folder, "model_index.json"), _read(folder, "transformer/config.json")
-    if config.get("vocab_size") is not None or index.get("_class_name") != "ACDiTPipeline":
+    if config.get("vocab_size") is not None or shims.class_name(index) != "ACDiTPipeline":
         raise ConfigError(
-            f"model {folder}", found=str(index.get("_class_name")), expected="an ACDiTPipeline: pictures or clips"
+            f"model {folder}", found=str(shims.class_name(index)), expected="an ACDiTPipeline: pictures or clips"
         )
     fields = ModelRecipe.__dataclass_fields__
     model = {name: value for name, value in config.items() if name in fields}
@@ -65,11 +65,18 @@ def require_whole(folder: str | Path) -> None:
         storage.verify(folder)
 
 
+def beside_model(model: str | Path, name: str) -> Path | None:
+    """A file of the run that a model comes from: inside a folder that travels, else beside the run's model/."""
+    folder = Path(builtin.located(model))
+    places = (folder / name, folder.parent / name)
+    return next((place for place in places if folder.is_dir() and place.is_file()), None)
+
+
 def recipe_to_measure(model: str | Path, data: str | None, overrides: Sequence[str]) -> Recipe:
     """The recipe whose data a model is measured on: another split of what its run has learned from, or `data`.
 
     Args:
-        model: the model's folder, recipe.yaml of its run beside it; or a built-in model's name.
+        model: the model's folder, recipe.yaml of its run beside it, or in it; or a built-in model's name.
         data: a recipe (a shipped one's name or a YAML path) instead.
         overrides: of the recipe. Without `data` they name the split, but for runs that have a validation split.
 
@@ -78,8 +85,8 @@ def recipe_to_measure(model: str | Path, data: str | None, overrides: Sequence[s
     """
     if data is not None:
         return load_recipe(data, overrides)
-    beside = Path(builtin.located(model)).parent / "recipe.yaml"
-    if not beside.is_file():
+    beside = beside_model(model, "recipe.yaml")
+    if beside is None:
         raise ConfigError(
             "--data", found="nothing, and no recipe.yaml beside the model", expected="a recipe with the data",
             fix="--data my.yaml data.split=held_out",

@@ -20,13 +20,14 @@ from acdit.errors import ConfigError
 from acdit.model import ACDiTTransformer
 from acdit.safe_loading import SafetensorsOnly
 from acdit.sampling import DenoisingStep, Generators, sample_blocks
+from acdit.shims import ReadsTravelledFolders
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 StepEndCallback = Callable[["ACDiTPipeline", int, Any, dict[str, Any]], dict[str, Any]]
 BlockEndCallback = Callable[["ACDiTPipeline", int, dict[str, Any]], dict[str, Any] | None]
 
 
-class ACDiTPipeline(SafetensorsOnly, DiffusionPipeline):
+class ACDiTPipeline(SafetensorsOnly, ReadsTravelledFolders, DiffusionPipeline):
     """Class-conditional (or unconditional) generation, block by block.
 
     Args:

@@ -18,6 +18,7 @@ from acdit.errors import ConfigError
 from acdit.model import ACDiTTransformer
 from acdit.safe_loading import SafetensorsOnly
 from acdit.sampling import Generators
+from acdit.shims import ReadsTravelledFolders
 from acdit.text_sampling import Sampler, TextSamplingStep, cut_text, make_sampler, sample_tokens
 
 Prompts = str | Sequence[str] | Sequence[Sequence[int]] | torch.Tensor | None
@@ -33,7 +34,7 @@ class TextPipelineOutput(BaseOutput):
     """None without a tokenizer."""
 
 
-class ACDiTTextPipeline(SafetensorsOnly, DiffusionPipeline):
+class ACDiTTextPipeline(SafetensorsOnly, ReadsTravelledFolders, DiffusionPipeline):
     """Text, block by block.
 
     Args:
@@ -47,17 +48,19 @@ class ACDiTTextPipeline(SafetensorsOnly, DiffusionPipeline):
         ConfigError: a model of continuous data, a tokenizer of another number of tokens.
     """
 
+    _optional_components = ["tokenizer"]  # noqa: RUF012 (diffusers' class attribute convention)
+
     def __init__(self, transformer: ACDiTTransformer, tokenizer: Any = None, begins_with_bos: bool = False) -> None:
         super().__init__()
         if transformer.mask_token is None:
             raise ConfigError("transformer", found="a model of continuous data", expected="one with vocab_size")
-        self.register_modules(transformer=transformer)
+        self.register_modules(transformer=transformer, tokenizer=tokenizer)
         self.register_to_config(begins_with_bos=begins_with_bos)
-        self.tokenizer = tokenizer
         self._require_same_vocabulary()
 
     def save_pretrained(self, save_directory: Any, *arguments: Any, **options: Any) -> None:
         """diffusers' own; the tokenizer goes into tokenizer/."""
+        self.register_to_config(tokenizer=(None, None))  # of a kind that diffusers cannot save
         super().save_pretrained(save_directory, *arguments, **options)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(Path(save_directory) / "tokenizer")

@@ -29,6 +29,8 @@ from acdit.errors import StorageError
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+FOR_PEOPLE = "README.md"
+"""May be edited in a committed directory: it is listed in the manifest, and `verify` passes over it."""
 _TEMPORARY = ".tmp-"
 _OF_SAFETENSORS = re.compile(r"\.tmp[A-Za-z0-9]{6}")  # files that its save_file writes first, beside the one it is for
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -230,6 +232,8 @@ def verify(path: str | Path, may_miss: Collection[str] = ()) -> Manifest:
     manifest = _read_manifest(path)
     fix = "use another copy; delete the manifest only if you changed the files yourself"
     for name, (size, digest) in manifest.files.items():
+        if name == FOR_PEOPLE:
+            continue
         file = path / name
         try:
             found_size = file.stat().st_size

@@ -26,7 +26,7 @@ STANDS_FOR = {"RECIPE": "digits", "my.yaml": "digits"}
 """Shipped recipes in the place of names that are the reader's own and that no page writes down."""
 WRITTEN = [block for page in PAGES for block in blocks_of(page) if block.language == "yaml"]
 IGNORED = {"source", "cd"}
-PIP = (["pip", "install"], ["python3", "-m", "venv"])
+PIP = (["pip", "install"], ["python3", "-m", "venv"], ["hf", "auth", "login"])
 _ASSIGNMENT = re.compile(r"^[A-Z_]+=\S*$")
 
 LINES = [

@@ -20,6 +20,7 @@ from acdit.cli import (
     demo,
     encode,
     evaluate,
+    export,
     finetune,
     plan,
     recipes,
@@ -125,6 +126,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"acdit {version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     making, using = (train, finetune, data, encode, plan), (sample, evaluate, classify, analyze, study, app)
-    for module in (*making, *using, consolidate, convert, demo, recipes):
+    for module in (*making, *using, consolidate, convert, export, demo, recipes):
         module.add(adder(commands))
     return parser

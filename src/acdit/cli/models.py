@@ -10,6 +10,7 @@ from typing import Any
 
 from acdit import builtin
 from acdit.cli.parser import finite, positive, seed
+from acdit.shims import TEXT_CLASS, class_name
 from acdit.solvers import SOLVERS
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
@@ -87,8 +88,8 @@ def is_text_model(model: str) -> bool:
     """Whether a folder, or the built-in model of that name, is an `ACDiTTextPipeline`; others are pictures or clips."""
     index = Path(builtin.located(model)) / "model_index.json"
     try:
-        return bool(json.loads(index.read_text(encoding="utf-8"))["_class_name"] == "ACDiTTextPipeline")
-    except (OSError, ValueError, KeyError, TypeError):
+        return class_name(json.loads(index.read_text(encoding="utf-8"))) == TEXT_CLASS
+    except (OSError, ValueError, AttributeError):
         return False
 
 
@@ -192,10 +193,11 @@ def asked_labels(options: argparse.Namespace, pipeline: Any, default: str) -> li
 def averaging_of(model: str) -> dict[str, Any]:
     """Which average of the weights a model folder holds, as far as its run's recipe tells."""
     from acdit.errors import AcditError
+    from acdit.model_folder import beside_model
     from acdit.recipe import load_recipe
 
-    recipe_file = Path(builtin.located(model)).parent / "recipe.yaml"
-    if not recipe_file.is_file():
+    recipe_file = beside_model(model, "recipe.yaml")
+    if recipe_file is None:
         return {"decay": None, "source": "unknown: no recipe.yaml beside the model folder"}
     try:
         decays = load_recipe(str(recipe_file)).ema.decays

@@ -29,6 +29,7 @@ from acdit.heads import ClassificationHead, Classifier
 from acdit.model import ACDiTTransformer
 from acdit.pipelines import ACDiTPipeline
 from acdit.recipe import ClassificationRecipe, Recipe, recipe_from_dict
+from acdit.shims import ABOUT
 from acdit.training.batches import Batches
 from acdit.training.build import Built, build, parameter_groups
 from acdit.training.checkpoints import read_description
@@ -41,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 _FEATURES = "features"
 _CHUNK, _AT_ONCE = 2048, 128
-_LEFT_OUT = (storage.MANIFEST, FOLDER)
+_LEFT_OUT = (storage.MANIFEST, FOLDER, *ABOUT)
 
 
 @dataclass
