@@ -30,7 +30,7 @@ def write_digits(folder: Path) -> Path:
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("folder", nargs="?", type=Path, help="FOLDER/<class>/<picture>.png, jpg, …")
-parser.add_argument("--size", type=int, default=8, help="edge of what is learned, in pixels")
+parser.add_argument("--size", type=int, default=16, help="edge of what is learned, in pixels")
 parser.add_argument("--steps", type=int, default=1000)
 parser.add_argument("--output", type=Path, default=Path("runs/pictures"))
 options = parser.parse_args()
@@ -39,13 +39,13 @@ folder = options.folder or write_digits(options.output / "digits")
 names = ImagesDataset(folder, size=options.size).class_names
 print(f"{folder}: {len(names)} classes, {', '.join(names)}")
 
-# The recipe of the demo, 8×8 tokens in four blocks, with these data; a token is a square of pixels.
-patch = options.size // 8
+# The recipe of the demo, 8×8 tokens in four blocks, with these data: a token is a square of pixels.
+size, patch = options.size, options.size // 8
 recipe = load_recipe(
     "digits",
-    [f"data={{kind: images, root: '{folder}', size: {options.size}, channels: 3}}",
-     f"model.grid=[{options.size}, {options.size}]", f"model.patch=[{patch}, {patch}]", "model.in_channels=3",
-     f"model.num_classes={len(names)}", f"train.steps={options.steps}"],
+    ["data.kind=images", f"data.root={folder}", f"data.size={size}", "data.channels=3", "model.in_channels=3",
+     f"model.grid=[{size}, {size}]", f"model.patch=[{patch}, {patch}]", f"model.num_classes={len(names)}",
+     f"train.steps={options.steps}"],
 )  # fmt: skip
 pipe = Trainer(recipe, options.output).train()
 
