@@ -57,4 +57,4 @@ drawn = sample_blocks(model, corruption.sampling_scheduler(), class_labels=mater
 forecast = codec.decode(model.layout.from_blocks(torch.stack([given[:, 0], *drawn], dim=1)))
 error, still = ((guess - heat)[:, 4:].square().mean().sqrt() for guess in (forecast, heat[:, 3:4]))
 print(f"the forecast is {error:.2f} °C off; the last given instant, as if nothing went on, {still:.2f} °C")
-image_grid(torch.cat([heat[:8], forecast[:8]])[:, None] / 40, columns=8, scale=3).save(options.output)
+image_grid(torch.cat([heat[:8], forecast[:8]])[:, None] / 40, 8, 3, row_labels=["true", "drawn"]).save(options.output)

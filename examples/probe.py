@@ -2,9 +2,9 @@
 
     python examples/probe.py --output runs/probe
 
-The clean stream reads pictures without noise, timestep or label. On the features of each layer, averaged over the
-tokens of a block, a linear layer learns to tell the built-in digits apart; beside it, the same for an untrained model.
-The probe of all layers together is saved: `acdit classify runs/probe pictures/` asks it.
+The clean stream reads pictures without noise, timestep or label. On the features of each layer, averaged over a picture,
+a linear layer learns to tell the built-in digits apart; beside it, the same for an untrained model. The probe of all
+layers together is saved: `acdit classify runs/probe pictures/` asks it.
 """
 
 import argparse
@@ -37,9 +37,9 @@ def features(reader: ACDiTTransformer, pictures: Tensor) -> list[Tensor]:
 
 def probe(layers: list[int], seen: list[Tensor], unseen: list[Tensor]) -> tuple[ClassificationHead, float]:
     """A probe of these layers, and its accuracy on held-out digits."""
-    head = ClassificationHead(seen[0].shape[-1], 10, layers, "blocks", num_blocks=model.layout.num_blocks)
+    head = ClassificationHead(seen[0].shape[-1], 10, layers)
     pooled = head.pool([seen[layer] for layer in layers])  # once: the features do not change
-    optimizer = torch.optim.AdamW(head.parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=3e-2)
     for _ in range(options.steps):
         optimizer.zero_grad()
         F.cross_entropy(head.logits(pooled), train.labels).backward()

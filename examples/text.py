@@ -11,6 +11,7 @@ import math
 from pathlib import Path
 
 from acdit import ACDiTTextPipeline
+from acdit.data import TextDataset
 from acdit.data.build import as_measured, build_dataset
 from acdit.evaluation.perplexity import count_characters, text_bound
 from acdit.recipe import load_recipe
@@ -39,6 +40,7 @@ print(f"\n\nkept in {options.output}")
 
 recipe = load_recipe("text", [f"data.sequence_length={context}"])
 held_out = build_dataset(as_measured(recipe.data, "held_out"), tokenizer=tokenizer)
+assert isinstance(held_out, TextDataset)
 batches = list(held_out.batches(32, min(options.sequences, len(held_out))))
 bound = text_bound(model, batches, num_draws=8)
 characters = count_characters(tokenizer, batches)

@@ -168,7 +168,7 @@ def test_custom_layout(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
         assert found is not None
         errors[steps], still = float(found[1]), float(found[2])
     assert errors[150] < 0.8 * still < errors[0]
-    assert Image.open("heat.png").size == (8 * 100 + 4, 2 * 52 + 4)
+    assert Image.open("heat.png").width > 8 * 96
 
 
 @pytest.mark.campaign
@@ -185,4 +185,5 @@ def test_an_example_runs_at_full_length(
         assert found is not None
         assert float(found[1]) < 0.35 * float(found[2])
     elif path.stem == "probe":
-        assert float(re.findall(r": (\d\.\d+) of held-out", told)[-1]) > 0.9
+        pairs = re.findall(r"layers \[\d\]: (\d\.\d+) of .*untrained model: (\d\.\d+)", told)
+        assert float(pairs[-1][0]) > max(0.8, float(pairs[-1][1]))
