@@ -2,9 +2,9 @@
 
     python examples/probe.py --output runs/probe
 
-The clean stream reads pictures without noise, timestep or label. On the features of each layer, averaged over a picture,
-a linear layer learns to tell the built-in digits apart; beside it, the same for an untrained model. The probe of all
-layers together is saved: `acdit classify runs/probe pictures/` asks it.
+The clean stream reads pictures without noise, timestep or label. On the features of each layer, averaged over a
+picture, a linear layer learns to tell the built-in digits apart; beside it, the same for an untrained model. The probe
+of all layers together is saved: `acdit classify runs/probe pictures/` asks it.
 """
 
 import argparse

@@ -30,7 +30,7 @@ def write_digits(folder: Path) -> Path:
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("folder", nargs="?", type=Path, help="FOLDER/<class>/<picture>.png, jpg, …")
-parser.add_argument("--size", type=int, default=16, help="edge of what is learned, in pixels")
+parser.add_argument("--size", type=int, default=8, help="edge of what is learned, in pixels")
 parser.add_argument("--steps", type=int, default=1000)
 parser.add_argument("--output", type=Path, default=Path("runs/pictures"))
 options = parser.parse_args()
