@@ -3,7 +3,7 @@
     python examples/train_on_your_folder.py pictures/ --size 16 --output runs/pictures
 
 Pictures of any kind and size are cut to squares of --size pixels, a multiple of 8. Without a folder the built-in digits
-are written as one, to see how it looks: two minutes on two cores. In --output lie samples.png, a row a class, and all
+are written as one, to see how it looks: three minutes of one core. In --output lie samples.png, a row a class, and all
 that `acdit train` leaves: model/, which every other example takes as --model, loss.png, checkpoints.
 """
 
