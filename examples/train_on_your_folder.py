@@ -4,7 +4,7 @@
 
 Pictures of any kind and size are cut to squares of --size pixels, a multiple of 8. Without a folder the built-in digits
 are written as one, to see how it looks: three minutes of one core. In --output lie samples.png, a row a class, and all
-that `acdit train` leaves: model/, which every other example takes as --model, loss.png, checkpoints.
+that `acdit train` leaves: model/, which continue_a_picture.py takes as --model, loss.png, checkpoints.
 """
 
 import argparse
