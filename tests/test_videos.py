@@ -87,3 +87,16 @@ def test_a_comment_is_kept_inside(tmp_path: Path) -> None:
     assert Image.open(tmp_path / "a.gif").info["comment"] == b'{"seed": 3}'
     with av.open(str(tmp_path / "a.mp4")) as container:
         assert container.metadata["comment"] == '{"seed": 3}'
+
+
+def test_floats_are_written_as_bytes_in_the_format_that_the_name_says(tmp_path: Path) -> None:
+    clip = clip_of()
+    for name in ("bytes.gif", "bytes"):
+        write_clip(clip, tmp_path / name)
+        write_clip(clip / 255, tmp_path / name.replace("bytes", "floats"))
+    assert (tmp_path / "bytes.gif").read_bytes() == (tmp_path / "floats.gif").read_bytes()
+    assert [path.name for path in sorted((tmp_path / "floats").iterdir())] == [f"{index:05d}.png" for index in range(5)]
+    with Image.open(tmp_path / "floats" / "00003.png") as page:
+        assert np.asarray(page).tolist() == clip[3, 0].tolist()
+    with pytest.raises(ConfigError, match="webm"):
+        write_clip(clip, tmp_path / "a.webm")

@@ -37,7 +37,7 @@ def image_grid(
     Raises:
         ConfigError: no images, channels other than 1 or 3, fewer than one column, labels of a wrong number.
     """
-    pixels = _to_uint8(images)
+    pixels = as_bytes(images)
     if columns < 1 or len(pixels) == 0:
         raise ConfigError(
             "image grid", found=f"{len(pixels)} images in {columns} columns", expected="at least one of each"
@@ -187,7 +187,18 @@ def log_records(path: Path) -> list[dict[str, Any]]:
     return [records[step] for step in sorted(records)]
 
 
-def _to_uint8(images: Tensor) -> Tensor:
+def as_bytes(images: Tensor) -> Tensor:
+    """Pictures, or the frames of a clip, as files keep them.
+
+    Args:
+        images: (M, C, H, W), uint8 or float in [0, 1], C 1 or 3.
+
+    Returns:
+        uint8 on the CPU, the same shape.
+
+    Raises:
+        ConfigError: another shape.
+    """
     if images.ndim != 4 or images.shape[1] not in (1, 3):
         raise ConfigError("images", found=f"shape {tuple(images.shape)}", expected="(M, C, H, W) with 1 or 3 channels")
     if images.dtype == torch.uint8:

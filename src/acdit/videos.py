@@ -14,14 +14,14 @@ from PIL import Image
 from torch import Tensor
 
 from acdit.errors import ConfigError
-from acdit.pictures import image_grid
+from acdit.pictures import as_bytes, image_grid
 
 FORMATS = ("mp4", "gif", "frames")
 _SMALL = 128  # shorter edges are enlarged to at least this in films, by whole pixels: a 16-pixel film shows nothing
 
 
 class ClipWriter(Protocol):
-    """Takes frames (T, C, H, W) uint8 and writes them; used as a context."""
+    """Takes frames (T, C, H, W), uint8 or float in [0, 1], and writes them; used as a context."""
 
     path: Path
 
@@ -36,18 +36,20 @@ class ClipWriter(Protocol):
         ...
 
 
-def open_writer(path: str | Path, kind: str, fps: float = 8.0, comment: str | None = None) -> ClipWriter:
+def open_writer(path: str | Path, kind: str | None = None, fps: float = 8.0, comment: str | None = None) -> ClipWriter:
     """A writer for a clip.
 
     Args:
         path: of the file, or of the folder of frames.
-        kind: "mp4" (needs the extra `video`), "gif" or "frames".
+        kind: "mp4" (needs the extra `video`), "gif" or "frames"; None: what the path ends in, without a suffix frames.
         fps: frames a second.
         comment: kept inside mp4 and gif.
 
     Raises:
         ConfigError: an unknown kind, or mp4 without PyAV.
     """
+    if kind is None:
+        kind = Path(path).suffix.removeprefix(".").lower() or "frames"
     if kind not in FORMATS:
         raise ConfigError("--format", found=repr(kind), expected=f"one of {FORMATS}")
     if kind == "mp4":
@@ -55,14 +57,16 @@ def open_writer(path: str | Path, kind: str, fps: float = 8.0, comment: str | No
     return _Gif(Path(path), fps, comment) if kind == "gif" else _Frames(Path(path))
 
 
-def write_clip(frames: Tensor, path: str | Path, kind: str, fps: float = 8.0, comment: str | None = None) -> None:
-    """A whole clip (T, C, H, W), uint8, to a file or folder; see `open_writer`."""
+def write_clip(
+    frames: Tensor, path: str | Path, kind: str | None = None, fps: float = 8.0, comment: str | None = None
+) -> None:
+    """A whole clip (T, C, H, W), uint8 or float in [0, 1], to a file or folder; see `open_writer`."""
     with open_writer(path, kind, fps, comment) as writer:
         writer.add(frames)
 
 
 def contact_sheet(clips: Tensor, columns: int = 8, row_labels: Sequence[str] | None = None) -> Image.Image:
-    """Clips (M, T, C, H, W) uint8, a clip a row, with `columns` frames spread over its time."""
+    """Clips (M, T, C, H, W), uint8 or float in [0, 1], a clip a row, with `columns` frames spread over its time."""
     shown = torch.linspace(0, clips.shape[1] - 1, min(columns, clips.shape[1])).round().long()
     names = [f"t={int(index)}" for index in shown]
     return image_grid(clips[:, shown].flatten(0, 1), len(shown), row_labels=row_labels, column_labels=names)
@@ -110,7 +114,7 @@ class _Mp4(_Writer):
         self._stream: Any = None
 
     def add(self, frames: Tensor) -> None:
-        for frame in frames:
+        for frame in as_bytes(frames):
             array = _enlarged(frame)
             # H.264 halves the colours' resolution: edges must be even.
             array = np.pad(array, ((0, array.shape[0] % 2), (0, array.shape[1] % 2), (0, 0)), mode="edge")
@@ -148,7 +152,7 @@ class _Gif(_Writer):
         self._milliseconds = round(1000 / fps)
 
     def add(self, frames: Tensor) -> None:
-        self._pages += [Image.fromarray(_enlarged(frame)) for frame in frames]
+        self._pages += [Image.fromarray(_enlarged(frame)) for frame in as_bytes(frames)]
 
     def _close(self) -> None:
         if self._pages:
@@ -176,7 +180,7 @@ class _Frames(_Writer):
         return self
 
     def add(self, frames: Tensor) -> None:
-        for frame in frames:
+        for frame in as_bytes(frames):
             array = np.ascontiguousarray(frame.permute(1, 2, 0).squeeze(2).cpu().numpy())
             Image.fromarray(array).save(self.path / f"{self._count:05d}.png")
             self._count += 1

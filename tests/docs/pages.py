@@ -1,4 +1,4 @@
-"""README.md and docs/**/*.md taken apart: fenced blocks, commands, what each command is held against."""
+"""README.md, examples/README.md, docs/**/*.md taken apart: fenced blocks, commands, what each is held against."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "examples" / "README.md", *sorted(DOCS.rglob("*.md"))]
 TESTED = "<!-- tested -->"
 _FENCE = re.compile(r"^(?P<tag><!-- tested -->\n+)?```(?P<language>\w*)\n(?P<code>.*?)^```$", re.M | re.S)
 

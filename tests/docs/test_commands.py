@@ -52,8 +52,8 @@ def test_every_command_is_one(
         assert all(re.search(rf"^{re.escape(target)}:", _makefile(), re.M) for target in targets), command
     elif command[0] in ("acdit", "torchrun", "accelerate"):
         require_command(acdit_arguments(command))
-    elif command[0] == "python" and command[1].startswith("benchmarks/"):
-        require_benchmark(command[1:], monkeypatch)
+    elif command[0] == "python" and command[1].startswith(("benchmarks/", "examples/")):
+        require_script(command[1:], monkeypatch)
     elif command[:3] == ["python", "-m", "pytest"]:
         assert (ROOT / command[3]).exists()
     elif command[0] == "python":
@@ -116,8 +116,8 @@ class _Parsed(Exception):
     """A program's options were read."""
 
 
-def require_benchmark(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The benchmark's own parser takes what is written; nothing is measured."""
+def require_script(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The own parser of a benchmark or example takes what is written; nothing more is run."""
     script = ROOT / words[0]
     assert script.is_file()
     real = argparse.ArgumentParser.parse_args
@@ -173,4 +173,4 @@ def test_a_line_with_what_does_not_exist_is_found(line: str) -> None:
 
 def test_an_option_that_a_benchmark_has_not_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SystemExit):
-        require_benchmark(["benchmarks/bench.py", "--no-such-option"], monkeypatch)
+        require_script(["benchmarks/bench.py", "--no-such-option"], monkeypatch)
