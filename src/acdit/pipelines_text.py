@@ -46,6 +46,8 @@ class ACDiTTextPipeline(SafetensorsOnly, DiffusionPipeline):
         ConfigError: a model of continuous data, a tokenizer of another number of tokens.
     """
 
+    model_cpu_offload_seq = "transformer"
+
     def __init__(self, transformer: ACDiTTransformer, tokenizer: Any = None, begins_with_bos: bool = False) -> None:
         super().__init__()
         if transformer.mask_token is None:
