@@ -4,8 +4,8 @@
     python benchmarks/diffusers_mixins.py --diffusers diffusers --report report.md
     python benchmarks/diffusers_mixins.py --diffusers diffusers -- -k "ModelPicture and sharded" -x
 
-The checkout's tests are not changed; two files of ours lie among them while they run. Four things are done from outside,
-so that as many tests as possible mean something here; `--as-upstream` leaves all four:
+The checkout's tests are not changed; two files of ours lie among them while they run. Four things are done from
+outside, so that as many tests as possible mean something here; `--as-upstream` leaves all four:
 
 - without an accelerator, upstream skips what asks for one; here it runs on the CPU, and what cannot is in
   `NEEDS_ACCELERATOR`;
@@ -22,6 +22,7 @@ import json
 import re
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,13 @@ PLACES = {
     "diffusers_mixins_models.py": "tests/models/transformers/test_models_transformer_acdit.py",
     "diffusers_mixins_pipelines.py": "tests/pipelines/acdit/test_acdit.py",
 }
+SUBJECTS = {
+    "models": {"Picture": "picture", "Clip": "clip, a window", "Text": "text"},
+    "pipelines": {"Pictures": "pixels", "OneBlock": "one block", "Latents": "latents", "Text": "text"},
+}
+NAMES = ("Pictures", "Picture", "Clip", "OneBlock", "Latents", "Text")
 NEEDS_ACCELERATOR = {
-    r"TestMemory(Picture|Clip|Text)::test_(cpu|disk)_offload": "splits the weights between device 0 and the CPU or disk",
+    r"TestMemory(Picture|Clip|Text)::test_(cpu|disk)_offload": "splits weights between device 0 and the CPU or disk",
     r"::test_cpu_offload_forward_pass_twice": "enable_model_cpu_offload() without a device looks for an accelerator",
     r"::test_mixed_precision_training": "on a CPU it does nothing",
 }
@@ -136,25 +142,34 @@ class Record:
             why = str(crash.message if crash is not None else report.longrepr)
         _, kind, test = report.nodeid.split("::")
         why = next(iter(why.removeprefix("Skipped: ").splitlines()), "")
-        self.outcomes.append({"kind": kind, "test": test, "outcome": report.outcome, "why": why})
+        subject = next(name for name in NAMES if kind.endswith(name))
+        self.outcomes.append({"kind": kind, "subject": subject, "test": test, "outcome": report.outcome, "why": why})
 
 
 def table(outcomes: list[dict[str, str]]) -> str:
-    """A line a test, its parameters counted; a column a model or pipeline; what did not pass with its reason."""
-    tests: dict[tuple[str, str], dict[str, list[dict[str, str]]]] = {}
-    for one in outcomes:
-        tester, subject = re.fullmatch(r"Test(.*?)(Pictures?|Clip|OneBlock|Latents|Text)", one["kind"]).groups()  # type: ignore[union-attr]
-        rows = tests.setdefault((tester, one["test"].partition("[")[0]), {})
-        rows.setdefault(subject, []).append(one)
-    lines = ["| tester | test | outcomes | why not |", "|---|---|---|---|"]
-    for (tester, test), rows in tests.items():
-        cells = []
-        for subject, cases in rows.items():
-            counts = {one["outcome"]: sum(other["outcome"] == one["outcome"] for other in cases) for one in cases}
-            cells.append(f"{subject}: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
-        why = dict.fromkeys(one["why"].replace("|", "\\|") for cases in rows.values() for one in cases if one["why"])
-        lines.append(f"| {tester} | `{test}` | {'; '.join(cells)} | {'; '.join(why)} |")
-    return "\n".join(lines) + "\n"
+    """Two tables, models and pipelines: a line a test, its parameters counted, a column a subject, then why not."""
+    parts = []
+    for what, subjects in SUBJECTS.items():
+        tests: dict[tuple[str, str], dict[str, list[dict[str, str]]]] = {}
+        for one in outcomes:
+            tester = one["kind"].removeprefix("Test").removesuffix(one["subject"])
+            if tester.startswith("Pipeline") == (what == "pipelines"):
+                rows = tests.setdefault((tester, one["test"].partition("[")[0]), {})
+                rows.setdefault(one["subject"], []).append(one)
+        parts += [f"| tester | test | {' | '.join(subjects.values())} | why not |", "|---" * (len(subjects) + 3) + "|"]
+        for (tester, test), rows in tests.items():
+            cells = [_counted(rows.get(subject, [])) for subject in subjects]
+            why = dict.fromkeys(
+                one["why"].replace("|", "\\|") for cases in rows.values() for one in cases if one["why"]
+            )
+            parts.append(f"| {tester} | `{test}` | {' | '.join(cells)} | {'; '.join(why)} |")
+        parts.append("")
+    return "\n".join(parts)
+
+
+def _counted(cases: list[dict[str, str]]) -> str:
+    counts = Counter(one["outcome"] for one in cases)
+    return ", ".join(name if count == 1 else f"{count} {name}" for name, count in counts.items())
 
 
 def _accelerated() -> bool:

@@ -72,8 +72,8 @@ class Latents(Pictures):
     def get_dummy_components(self) -> dict[str, Any]:
         torch.manual_seed(0)
         vae = AutoencoderKL(
-            block_out_channels=(4, 4), norm_num_groups=2, latent_channels=4, down_block_types=["DownEncoderBlock2D"] * 2,
-            up_block_types=["UpDecoderBlock2D"] * 2,
+            block_out_channels=(4, 4), norm_num_groups=2, latent_channels=4,
+            down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
         )  # fmt: skip
         transformer = model(grid=(8, 8), block=(2, 2), patch=2, in_channels=4, num_classes=5)
         return {"transformer": transformer, "scheduler": DDIMScheduler(clip_sample=False), "vae": vae.eval()}
