@@ -61,7 +61,7 @@ class Model(BaseModelTesterConfig):
         return (model.layout.num_blocks, model.layout.block_tokens, model.token_dim)
 
     def get_init_dict(self) -> dict[str, Any]:
-        return {"num_layers": 3, "num_attention_heads": 2, "attention_head_dim": 12, "mlp_ratio": 2.0, **self.settings}
+        return {"num_layers": 3, "num_attention_heads": 2, "attention_head_dim": 16, "mlp_ratio": 2.0, **self.settings}
 
     def get_dummy_inputs(self) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(0)
