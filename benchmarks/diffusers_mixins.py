@@ -43,8 +43,8 @@ NAMES = ("Pictures", "Picture", "Clip", "OneBlock", "Latents", "Text")
 NEEDS_ACCELERATOR = {
     r"TestMemory(Picture|Clip|Text)::test_(cpu|disk)_offload": "splits weights between device 0 and the CPU or disk",
     r"::test_cpu_offload_forward_pass_twice": "enable_model_cpu_offload() without a device looks for an accelerator",
-    r"::test_sequential_(cpu_)?offload_forward_pass": "accelerate cannot offload to the device cpu:0, of diffusers' own "
-    "DiTPipeline either; tests/test_hooks.py offloads ours to meta",
+    r"::test_sequential_(cpu_)?offload_forward_pass": "accelerate cannot offload to a device cpu:0, "
+    "diffusers' own DiTPipeline neither; tests/test_hooks.py offloads ours to meta",
     r"::test_mixed_precision_training": "on a CPU it does nothing",
 }
 DOES_NOT_APPLY = {
