@@ -101,6 +101,37 @@ def test_callbacks_see_every_step_and_every_block() -> None:
         pipeline(1, callback_on_step_end=on_step, callback_on_step_end_tensor_inputs=["prompt_embeds"])
 
 
+def test_callbacks_get_what_they_ask_for() -> None:
+    pipeline = make_pipeline()
+    seen = []
+
+    def on_step(pipe: ACDiTPipeline, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        seen.append((set(kwargs), pipe.num_timesteps))
+        return kwargs
+
+    for wanted in (["latents"], ["block"], ["latents", "block"]):
+        seen.clear()
+        pipeline(1, [1, 2, 1, 1], callback_on_step_end=on_step, callback_on_step_end_tensor_inputs=wanted)
+        assert seen == [(set(wanted), 5)] * 5
+
+
+def test_a_callback_changes_the_guidance_of_the_steps_that_follow() -> None:
+    pipeline = make_pipeline()
+    options: dict[str, Any] = {"num_inference_steps": 2, "generator": 0, "output_type": "latent"}
+    expected = pipeline([1, 2], guidance_scale=[2.0, 2.0, 2.0, 5.0], **options).images
+
+    def on_step(pipe: ACDiTPipeline, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        if step == 5:  # the last step of the third block
+            pipe._guidance_scale = 5.0
+        return kwargs
+
+    found = pipeline([1, 2], guidance_scale=2.0, callback_on_step_end=on_step, **options).images
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    assert pipeline.guidance_scale == 5.0
+    with pytest.raises(ConfigError, match="guidance without labels"):
+        pipeline(None, callback_on_step_end=on_step, **options)
+
+
 def test_the_progress_bar_counts_all_steps(capfd: pytest.CaptureFixture[str]) -> None:
     pipeline = make_pipeline()
     pipeline.set_progress_bar_config(disable=False)

@@ -267,6 +267,13 @@ def test_mistakes_are_named_before_anything_runs(name: str) -> None:
         next(sample_blocks(tiny_model(), DDIMScheduler(), **options))
 
 
+def test_a_nested_label_holds_for_all_blocks_of_its_sample() -> None:
+    model = tiny_model()
+    options: dict[str, object] = {"num_inference_steps": 2, "generator": 0}
+    nested = list(sample_blocks(model, DDIMScheduler(), class_labels=[[1], [3]], **options))
+    torch.testing.assert_close(nested, list(sample_blocks(model, DDIMScheduler(), class_labels=[1, 3], **options)))
+
+
 def test_an_unconditional_model_takes_no_labels() -> None:
     with pytest.raises(ConfigError, match="unconditional"):
         next(sample_blocks(tiny_model(num_classes=None), DDIMScheduler(), class_labels=[1]))

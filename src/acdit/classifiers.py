@@ -137,9 +137,9 @@ class ACDiTClassifier:
                 "classifier", found="a model of latents without its autoencoder", expected="one, to read pixels",
                 fix="--vae PATH",
             )  # fmt: skip
-        weight = self.classifier.transformer.x_embedder.weight
-        encoded = self.pipeline.codec.encode(pixels.to(weight.device))
-        return self.classifier.transformer.layout.to_blocks(encoded).to(weight.dtype)
+        model = self.classifier.transformer
+        encoded = self.pipeline.codec.encode(pixels.to(model.execution_device))
+        return model.layout.to_blocks(encoded).to(model.x_embedder.weight.dtype)
 
     def best(self, logits: Tensor, count: int) -> list[list[dict[str, Any]]]:
         """The `count` likeliest classes of each row: [{"class", "name", "probability"}, …]."""

@@ -23,6 +23,7 @@ from acdit.attention import (
     skip_causal_attention,
 )
 from acdit.cache import KVCache
+from acdit.hooks import is_hooked, under_hooks
 from acdit.mask import Streams
 from acdit.products import Linear, linear
 from acdit.rope import rotate
@@ -117,9 +118,13 @@ class Attention(nn.Module):
 
     def keys_and_values(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
         """What is left of `project` when nobody reads the output of these tokens: k and v alone."""
-        width = x.shape[-1]
-        bias = self.qkv.bias[width:]
-        k, v = linear(x, self.qkv.weight[width:], bias).unflatten(-1, (2, self.num_heads, -1)).unbind(-3)
+        if is_hooked(self.qkv) or type(self.qkv) is not Linear:
+            # Offloaded, stored in another dtype, or replaced: then its weight is good only inside its own forward.
+            _, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
+        else:
+            width = x.shape[-1]
+            bias = self.qkv.bias[width:]
+            k, v = linear(x, self.qkv.weight[width:], bias).unflatten(-1, (2, self.num_heads, -1)).unbind(-3)
         return self._place(k, self.k_norm, rope), v
 
     def output(self, attended: Tensor) -> Tensor:
@@ -225,6 +230,7 @@ class ACDiTLayer(nn.Module):
                 k, v = torch.cat([clean_k, k], dim=1), torch.cat([clean_v, v], dim=1)
         return self._update(x, skip_causal_attention(q, k, v, streams, execution, sinks), modulation)
 
+    @under_hooks
     def read(self, x: Tensor, rope: Rope, cache: KVCache, index: int, last: bool) -> Tensor:
         """Clean blocks (B, n, L, W) against the cache; their keys and values are written to it."""
         tokens = x.shape[1] * x.shape[2]
@@ -236,6 +242,7 @@ class ACDiTLayer(nn.Module):
         cache.write(index, k.flatten(1, 2), v.flatten(1, 2))
         return self._update(x, attend_clean_blocks(q, *cache.prefix(index, tokens)), None)
 
+    @under_hooks
     def encode(
         self,
         x: Tensor,
@@ -253,6 +260,7 @@ class ACDiTLayer(nn.Module):
             attended = skip_causal_attention(q, k, v, streams, execution, sinks)
         return self._update(x, attended, None)
 
+    @under_hooks
     def denoise(self, x: Tensor, condition: Tensor, rope: Rope, cache: KVCache, index: int) -> Tensor:
         """One noisy block (G·B, L, W) against the cache and itself; the cache is only read."""
         modulation = self._modulation(condition)

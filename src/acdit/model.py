@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from acdit.attention import SinkRotation
 from acdit.cache import KVCache
 from acdit.errors import ConfigError
+from acdit.hooks import execution_device, under_hooks
 from acdit.inputs import layer_indices, require_blocks, require_text, spread
 from acdit.layers import ACDiTLayer, FinalLayer, Rope, TimestepEmbedder, wide_dtype
 from acdit.layout import BlockLayout
@@ -87,6 +88,8 @@ class ACDiTTransformer(SafetensorsOnly, ModelMixin, ConfigMixin):
     _supports_gradient_checkpointing = True
     _no_split_modules = ["ACDiTLayer"]  # noqa: RUF012 (diffusers' class attribute convention)
     _repeated_blocks = ["ACDiTLayer"]  # noqa: RUF012 (the same)
+    # Small, and they say in which dtype the model computes.
+    _skip_layerwise_casting_patterns = ["x_embedder", "t_embedder", "y_embedder", "final_layer"]  # noqa: RUF012
 
     @register_to_config
     def __init__(
@@ -145,6 +148,11 @@ class ACDiTTransformer(SafetensorsOnly, ModelMixin, ConfigMixin):
         return self.config.vocab_size
 
     @property
+    def execution_device(self) -> torch.device:
+        """Where the model computes; under offloading, weights may wait elsewhere."""
+        return execution_device(self, self.x_embedder.weight, self.x_embedder)
+
+    @property
     def token_dim(self) -> int:
         """Width of a token's prediction: D, or V of text."""
         vocab_size = self.config.vocab_size
@@ -181,7 +189,7 @@ class ACDiTTransformer(SafetensorsOnly, ModelMixin, ConfigMixin):
             head_dim=self.config.attention_head_dim,
             block_tokens=self.layout.block_tokens,
             dtype=self.x_embedder.weight.dtype,
-            device=self.x_embedder.weight.device,
+            device=self.execution_device,
             window=window,
         )
 
@@ -249,6 +257,7 @@ class ACDiTTransformer(SafetensorsOnly, ModelMixin, ConfigMixin):
                 found[index] = noisy_part.reshape(*copies.shape[:4], -1)
         return x, condition, copies
 
+    @under_hooks
     def encode(
         self,
         clean: Tensor,
@@ -293,6 +302,7 @@ class ACDiTTransformer(SafetensorsOnly, ModelMixin, ConfigMixin):
                 found[index] = x
         return [found[index] for index in wanted]
 
+    @under_hooks
     def encode_noisy(
         self,
         clean: Tensor,
@@ -315,6 +325,7 @@ class ACDiTTransformer(SafetensorsOnly, ModelMixin, ConfigMixin):
         _, _, copies = self._denoise_all(clean, noisy, timestep, class_labels, found)
         return [found[index] if noisy.ndim == copies.ndim else found[index][:, 0] for index in wanted]
 
+    @under_hooks
     def prefill(self, clean: Tensor, cache: KVCache) -> None:
         """Read clean blocks: append their keys and values to the cache.
 
@@ -352,6 +363,7 @@ class ACDiTTransformer(SafetensorsOnly, ModelMixin, ConfigMixin):
             cache.turn_sinks(lambda keys: sinks.turn(keys, 0))
         return found
 
+    @under_hooks
     def denoise(self, noisy: Tensor, timestep: Tensor | float, class_labels: Tensor | None, cache: KVCache) -> Tensor:
         """Predict for the noisy block that follows the blocks in the cache; the cache is only read.
 
@@ -396,7 +408,7 @@ class ACDiTTransformer(SafetensorsOnly, ModelMixin, ConfigMixin):
         self, timestep: Tensor | float, class_labels: Tensor | None, shape: tuple[int, ...], keep_copies: bool = False
     ) -> Tensor:
         """emb(t) + emb(label), (*shape, W): one vector a block; (1, …, 1, W) where all blocks share one."""
-        device = self.x_embedder.weight.device
+        device = self.execution_device
         t = spread(torch.as_tensor(timestep, device=device), shape, keep_copies)
         if not self.config.time_conditioning:
             t = torch.zeros((1,) * len(shape), device=device)
@@ -412,13 +424,13 @@ class ACDiTTransformer(SafetensorsOnly, ModelMixin, ConfigMixin):
 
     def _rope(self, first_block: int, num_blocks: int) -> Rope:
         """Rotations of consecutive blocks, (num_blocks, L, 1, K)."""
-        weight = self.x_embedder.weight
-        return self.positions.rope(first_block, num_blocks, wide_dtype(weight.dtype), weight.device)
+        dtype = wide_dtype(self.x_embedder.weight.dtype)
+        return self.positions.rope(first_block, num_blocks, dtype, self.execution_device)
 
     def _sink_rotation(self, window: Window | None, first_block: int, num_blocks: int) -> SinkRotation | None:
         """How far queries of consecutive blocks see the sinks turned; see `Positions`."""
-        weight = self.x_embedder.weight
-        return self.positions.sink_rotation(window, first_block, num_blocks, wide_dtype(weight.dtype), weight.device)
+        dtype = wide_dtype(self.x_embedder.weight.dtype)
+        return self.positions.sink_rotation(window, first_block, num_blocks, dtype, self.execution_device)
 
     @property
     def _token_shape(self) -> tuple[int, ...]:

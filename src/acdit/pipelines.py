@@ -41,7 +41,7 @@ class ACDiTPipeline(SafetensorsOnly, ReadsTravelledFolders, DiffusionPipeline):
 
     model_cpu_offload_seq = "transformer->vae"
     _optional_components = ["vae"]  # noqa: RUF012 (diffusers' class attribute convention)
-    _callback_tensor_inputs = ["latents"]  # noqa: RUF012 (the same)
+    _callback_tensor_inputs = ["latents", "block"]  # noqa: RUF012 (the same)
 
     def __init__(
         self,
@@ -56,6 +56,18 @@ class ACDiTPipeline(SafetensorsOnly, ReadsTravelledFolders, DiffusionPipeline):
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
         self.register_to_config(pixel_mean=pixel_mean, pixel_std=pixel_std, latents=latents, id2label=id2label)
+        self._guidance_scale: float | Sequence[float] = 1.0
+        self._num_timesteps = 0
+
+    @property
+    def guidance_scale(self) -> float | Sequence[float]:
+        """Of the latest call; a step callback that sets `_guidance_scale` changes it for the steps that follow."""
+        return self._guidance_scale
+
+    @property
+    def num_timesteps(self) -> int:
+        """Solver steps of the latest call, over all its blocks."""
+        return self._num_timesteps
 
     @property
     def codec(self) -> PixelCodec | VAECodec:
@@ -92,7 +104,7 @@ class ACDiTPipeline(SafetensorsOnly, ReadsTravelledFolders, DiffusionPipeline):
         prefix: Tensor | None = None,
         num_prefix_blocks: int | None = None,
         callback_on_step_end: StepEndCallback | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents", "block"),
         callback_on_block_end: BlockEndCallback | None = None,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Generate.
@@ -113,8 +125,9 @@ class ACDiTPipeline(SafetensorsOnly, ReadsTravelledFolders, DiffusionPipeline):
                 them; its first `num_prefix_blocks` blocks are kept.
             num_prefix_blocks: how many blocks of `prefix` are given.
             callback_on_step_end: called as (pipeline, step, timestep, {"latents": (B, L, D), "block": index}); a
-                changed "latents" in the returned dict takes the place of the noisy block. Steps count over all blocks.
-            callback_on_step_end_tensor_inputs: which tensors it gets: "latents".
+                changed "latents" in the returned dict takes the place of the noisy block. Steps count over all blocks,
+                `num_timesteps` of them. What it makes of `pipeline._guidance_scale` holds from the next step on.
+            callback_on_step_end_tensor_inputs: which of "latents" and "block" it gets.
             callback_on_block_end: called as (pipeline, block, {"latents": the finished block (B, L, D)}).
 
         Returns:
@@ -146,15 +159,20 @@ class ACDiTPipeline(SafetensorsOnly, ReadsTravelledFolders, DiffusionPipeline):
         given = self._prefix_blocks(prefix, num_prefix_blocks)
         first = 0 if given is None else given.shape[1]
         steps = self._steps_per_block(num_inference_steps, first, layout.num_blocks)
-        done = 0
+        done, scale = 0, guidance_scale
+        self._guidance_scale, self._num_timesteps = guidance_scale, sum(steps)
         with self.progress_bar(total=sum(steps)) as bar:
 
             def on_step(state: DenoisingStep) -> Tensor | None:
-                nonlocal done
+                nonlocal done, scale
                 replaced = None
                 if callback_on_step_end is not None:
-                    wanted = {"latents": state.noisy} if "latents" in callback_on_step_end_tensor_inputs else {}
-                    answer = callback_on_step_end(self, done, state.timestep, {**wanted, "block": state.block})
+                    values = {"latents": state.noisy, "block": state.block}
+                    wanted = {name: values[name] for name in callback_on_step_end_tensor_inputs}
+                    # This run's own scale, whatever other runs of this pipeline have.
+                    self._guidance_scale = scale
+                    answer = callback_on_step_end(self, done, state.timestep, wanted)
+                    scale = self._guidance_scale
                     replaced = (answer or {}).get("latents")
                 done += 1
                 bar.update(1)
@@ -168,7 +186,7 @@ class ACDiTPipeline(SafetensorsOnly, ReadsTravelledFolders, DiffusionPipeline):
                     class_labels=labels,
                     batch_size=batch_size,
                     num_inference_steps=num_inference_steps,
-                    guidance_scale=guidance_scale,
+                    guidance_scale=lambda: scale,
                     guidance_interval=guidance_interval,
                     prefix=given,
                     generator=generator,
@@ -224,7 +242,7 @@ class ACDiTPipeline(SafetensorsOnly, ReadsTravelledFolders, DiffusionPipeline):
             raise ConfigError("num_prefix_blocks", found=str(num_prefix_blocks), expected=f"1 … {total - 1}")
         if prefix.ndim == 5:
             prefix = prefix.transpose(1, 2)
-        encoded = self.codec.encode(prefix.to(self.transformer.device))
+        encoded = self.codec.encode(prefix.to(self.transformer.execution_device))
         return self.transformer.layout.to_blocks(encoded)[:, :num_prefix_blocks]
 
     def _label_list(self, labels: Any) -> Any:

@@ -48,6 +48,7 @@ class ACDiTTextPipeline(SafetensorsOnly, ReadsTravelledFolders, DiffusionPipelin
         ConfigError: a model of continuous data, a tokenizer of another number of tokens.
     """
 
+    model_cpu_offload_seq = "transformer"
     _optional_components = ["tokenizer"]  # noqa: RUF012 (diffusers' class attribute convention)
 
     def __init__(self, transformer: ACDiTTransformer, tokenizer: Any = None, begins_with_bos: bool = False) -> None:

@@ -43,6 +43,7 @@ class DenoisingStep:
 
 
 StepCallback = Callable[[DenoisingStep], Tensor | None]
+Guidance = float | Sequence[float] | Callable[[], float | Sequence[float]]
 
 
 def generators_from_seed(seed: int, batch_size: int) -> list[torch.Generator]:
@@ -58,7 +59,7 @@ def sample_blocks(
     class_labels: Tensor | Sequence[int] | None = None,
     batch_size: int | None = None,
     num_inference_steps: int | Sequence[int] = 25,
-    guidance_scale: float | Sequence[float] = 1.0,
+    guidance_scale: Guidance = 1.0,
     guidance_interval: tuple[float, float] | None = None,
     prefix: Tensor | None = None,
     cache: KVCache | None = None,
@@ -74,7 +75,8 @@ def sample_blocks(
         class_labels: (B,), or (B, N) for a label per block of the grid; None: no label.
         batch_size: B, where neither labels nor prefix nor cache tell it; default 1.
         num_inference_steps: solver steps a block, or one number per block of the grid.
-        guidance_scale: s in u + s·(c − u) (classifier-free guidance); 1 is off and costs nothing. Or one per block.
+        guidance_scale: s in u + s·(c − u) (classifier-free guidance); 1 is off and costs nothing. Or one per
+            block, or a function that gives either: it is asked before every step.
         guidance_interval: (low, high) timesteps, inclusive, outside which guidance is off (Kynkäänniemi et al. 2024).
         prefix: (B, n, L, D) clean blocks to continue from; (1, n, L, D) serves all samples.
         cache: to go on from (it may be forked); it is written to. Default: a new one.
@@ -96,7 +98,7 @@ def sample_blocks(
             expected="one of continuous data",
             fix="acdit.text_sampling.sample_tokens, or ACDiTTextPipeline",
         )
-    layout, device = model.layout, model.x_embedder.weight.device
+    layout, device = model.layout, model.execution_device
     dtype = model.x_embedder.weight.dtype
     labels = _labels(model, class_labels)
     batch = _batch_size(labels, batch_size, prefix, cache)
@@ -108,14 +110,12 @@ def sample_blocks(
         raise ConfigError(
             "prefix", found=f"{first} blocks given", expected=f"fewer than the grid's {layout.num_blocks}"
         )
-    num_inference_steps, guidance_scale = _listed(num_inference_steps), _listed(guidance_scale)
+    num_inference_steps = _listed(num_inference_steps)
     if guidance_interval is not None and not guidance_interval[0] <= guidance_interval[1]:
         raise ConfigError("guidance_interval", found=str(guidance_interval), expected="(low, high) with low <= high")
     schedule = _BlockSchedule(layout.num_blocks, first + count, num_inference_steps, guidance_scale, labels)
-    if any(schedule.guidance(block) != 1.0 for block in range(first, first + count)) and labels is None:
-        raise ConfigError(
-            "guidance_scale", found="guidance without labels", expected="class_labels, or guidance_scale=1"
-        )
+    for block in range(first, first + count):
+        schedule.guidance(block)  # what it cannot take is said before anything is computed
     if cache is None:
         cache = model.new_cache(batch, first + count - 1)
     cache.require_fits(
@@ -146,28 +146,38 @@ class _BlockSchedule:
         num_blocks: int,
         needed: int,
         steps: int | Sequence[int],
-        guidance: float | Sequence[float],
+        guidance: Guidance,
         labels: Tensor | None,
     ) -> None:
-        for name, values in (("num_inference_steps", steps), ("guidance_scale", guidance)):
-            if isinstance(values, Sequence) and len(values) < needed:
-                raise ConfigError(name, found=f"{len(values)} values", expected=f"one per block, {num_blocks}")
-        for name, values, least in (("num_inference_steps", steps, 1), ("guidance_scale", guidance, None)):
-            for value in values if isinstance(values, Sequence) else [values]:
-                if not math.isfinite(value) or (least is not None and value < least):
-                    expected = "a finite number" if least is None else f"at least {least}"
-                    raise ConfigError(name, found=str(value), expected=expected)
+        self._num_blocks, self._needed = num_blocks, needed
+        self._require_per_block("num_inference_steps", steps, least=1)
         if labels is not None and labels.ndim == 2 and labels.shape[1] < needed:
             raise ConfigError(
                 "class_labels", found=f"{labels.shape[1]} blocks", expected=f"{num_blocks}, one per block"
             )
         self._steps, self._guidance, self._labels = steps, guidance, labels
 
+    def _require_per_block(self, name: str, values: Any, least: int | None = None) -> None:
+        if isinstance(values, Sequence) and len(values) < self._needed:
+            raise ConfigError(name, found=f"{len(values)} values", expected=f"one per block, {self._num_blocks}")
+        for value in values if isinstance(values, Sequence) else [values]:
+            if not math.isfinite(value) or (least is not None and value < least):
+                expected = "a finite number" if least is None else f"at least {least}"
+                raise ConfigError(name, found=str(value), expected=expected)
+
     def steps(self, block: int) -> int:
         return self._steps[block] if isinstance(self._steps, Sequence) else self._steps
 
     def guidance(self, block: int) -> float:
-        return float(self._guidance[block] if isinstance(self._guidance, Sequence) else self._guidance)
+        """Of the next step. Raises ConfigError where it is no finite number, or guides without labels."""
+        scales = _listed(self._guidance() if callable(self._guidance) else self._guidance)
+        self._require_per_block("guidance_scale", scales)
+        scale = float(scales[block] if isinstance(scales, Sequence) else scales)
+        if scale != 1.0 and self._labels is None:
+            raise ConfigError(
+                "guidance_scale", found="guidance without labels", expected="class_labels, or guidance_scale=1"
+            )
+        return scale
 
     def labels(self, block: int) -> Tensor | None:
         if self._labels is None or self._labels.ndim == 1:
@@ -190,11 +200,12 @@ def _denoise_block(
     solver.set_timesteps(schedule.steps(block), device=noise.device)
     extra = {"generator": generator} if "generator" in inspect.signature(solver.step).parameters else {}
     low, high = guidance_interval if guidance_interval is not None else (float("-inf"), float("inf"))
-    scale, labels = schedule.guidance(block), schedule.labels(block)
+    labels = schedule.labels(block)
     noisy = noise * getattr(solver, "init_noise_sigma", 1.0)  # flow schedulers start from unit noise
     for step, timestep in enumerate(solver.timesteps):
         model_input = solver.scale_model_input(noisy, timestep) if hasattr(solver, "scale_model_input") else noisy
         model_input = model_input.to(model.x_embedder.weight.dtype)
+        scale = schedule.guidance(block)
         if scale != 1.0 and low <= float(timestep) <= high:
             prediction = _guided(model, model_input, timestep, labels, cache, scale)
         else:
@@ -266,9 +277,11 @@ def as_generators(given: Generators, batch: int) -> torch.Generator | list[torch
 def _labels(model: ACDiTTransformer, class_labels: Tensor | Sequence[int] | None) -> Tensor | None:
     if class_labels is None:
         return None
-    labels = torch.as_tensor(class_labels, device=model.x_embedder.weight.device)
+    labels = torch.as_tensor(class_labels, device=model.execution_device)
     if model.null_label is None:
         raise ConfigError("class_labels", found="labels", expected="None: this model is unconditional")
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]  # one label for all blocks of a sample: diffusers' [[3], [7]] for [3, 7]
     if labels.ndim not in (1, 2):
         raise ConfigError("class_labels", found=f"shape {tuple(labels.shape)}", expected="(B,), or (B, N) per block")
     if labels.is_floating_point() or bool(((labels < 0) | (labels > model.null_label)).any()):

@@ -112,15 +112,16 @@ class Stream:
                 "given blocks", found=f"{blocks.shape[1]} of them, {self.num_blocks} there already",
                 expected=f"multiples of {self._blocks_a_step}, the blocks of a step of time, before the first one",
             )  # fmt: skip
-        weight = self.pipeline.transformer.x_embedder.weight
+        model = self.pipeline.transformer
         batch = self.batch_size
         shared = blocks.shape[0] == 1 and batch > 1
         cache = self._cache.like(1) if shared else self._cache
         if blocks.shape[1] > 1:
             with torch.no_grad():
-                self.pipeline.transformer.prefill(blocks[:, :-1].to(weight), cache)
+                given = blocks[:, :-1].to(model.execution_device, model.x_embedder.weight.dtype)
+                model.prefill(given, cache)
         self._cache = cache.fork(batch) if shared else cache
-        self._last = blocks[:, -1].to(weight.device).expand(batch, -1, -1)
+        self._last = blocks[:, -1].to(model.execution_device).expand(batch, -1, -1)
 
     def next_block(self) -> Tensor:
         """Generate one block, (B, L, D) in model space."""
@@ -190,7 +191,7 @@ class Stream:
         if changed:
             listed = ", ".join(f"{key} was {old!s:.60}, is {new!s:.60}" for key, (old, new) in changed.items())
             raise ConfigError(f"{folder}", found=f"a stream of other settings: {listed}", expected="the same")
-        device = self.pipeline.transformer.device
+        device = self.pipeline.transformer.execution_device
         own = {name.removeprefix("cache."): one for name, one in tensors.items() if name.startswith("cache.")}
         self._cache.restore({name: one.to(device) for name, one in own.items()}, facts["cache"])
         for index, one in enumerate(self._generators):

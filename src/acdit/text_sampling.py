@@ -252,7 +252,7 @@ def sample_tokens(
     given, lengths = _prompts(model, prompts, batch_size)
     _require_settings(model, temperature, top_p, sampler, max_new_tokens, eos_token)
     sampler = FirstHittingSampler() if sampler is None else sampler
-    batch, length, device = len(lengths), model.layout.block_tokens, model.x_embedder.weight.device
+    batch, length, device = len(lengths), model.layout.block_tokens, model.execution_device
     generators = as_generators(generator, batch)
     ends = _ends(model, lengths, max_new_tokens, cache)
     first, stop = min(lengths) // length, max(math.ceil(end / length) for end in ends)

@@ -170,7 +170,7 @@ class _Drawing:
             cache = self._model.new_cache(self._batch, room)
             self._register(cache)
             return cache
-        given = self._canvas.encode(self._first.given, keep, self._model.device)
+        given = self._canvas.encode(self._first.given, keep, self._model.execution_device)
         past = self._model.new_cache(1, room)
         self._register(past)
         with torch.no_grad():
