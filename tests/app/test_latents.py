@@ -133,7 +133,8 @@ def test_a_saved_model_is_served_with_its_autoencoder(tmp_path: Path) -> None:
     latent_model(torch.float32).pipeline.save_pretrained(tmp_path / "model")
     served = ServedModel("latent", ACDiTPipeline.from_pretrained(tmp_path / "model"))
     with served_page([served], Limits()) as (address, service):
-        client = client_library.Client(address, verbose=False, download_files=str(tmp_path))
+        options = {"verbose": False, "download_files": str(tmp_path), "httpx_kwargs": {"timeout": 60}}
+        client = client_library.Client(address, **options)
         done = client.predict({"label": 2, "steps": 2}, api_name="/image")
         (tmp_path / "made.png").write_bytes(base64.b64decode(done["files"][0]["data"]))
         assert Image.open(tmp_path / "made.png").size == (256, 256)

@@ -46,7 +46,8 @@ def held(service: Service) -> threading.Event:
     denoise = model.denoise
 
     def waits(*arguments: Any, **options: Any) -> torch.Tensor:
-        release.wait(30)
+        while not release.wait(0.02) and not service._closed:
+            pass
         return denoise(*arguments, **options)
 
     model.denoise = waits
@@ -70,8 +71,8 @@ def at_call(served: ServedModel, number: int, act: Callable[[], object]) -> list
     return calls
 
 
-def settled(service: Service) -> bool:
-    for _ in range(200):
+def settled(service: Service, tries: int = 200) -> bool:
+    for _ in range(tries):
         gc.collect()
         if not (service.running or service.waiting or service.live_caches):
             return True
@@ -156,9 +157,8 @@ def test_a_clip_is_continued(service: Service) -> None:
 
 
 def test_a_switch_changes_the_blocks_that_follow(service: Service) -> None:
-    at_call(
-        service.models["video"], 5, lambda: service.switch(service._running[0], 4)
-    )  # in the third block's first step
+    first_of_the_third = 5
+    at_call(service.models["video"], first_of_the_third, lambda: service.switch(service._running[0], 4))
     ticket = service.submit(ask(model="video", blocks=6, steps=2))
     got = result(ticket)
     assert got.labels == (1, 1, 1, 4, 4, 4)
@@ -337,7 +337,12 @@ def batched(service: Service, *requests: Request) -> list[Ticket]:
 
 @pytest.fixture
 def finished(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
-    """(B, N, L, D) of every finished batch of pictures, before they are made 8-bit."""
+    """See `kept_blocks`."""
+    return kept_blocks(monkeypatch)
+
+
+def kept_blocks(patch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """Filled with (B, N, L, D) of every finished batch of pictures, before they are made 8-bit."""
     seen: list[torch.Tensor] = []
     pixels = Canvas.pixels
 
@@ -346,7 +351,7 @@ def finished(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
             seen.append(torch.stack(list(blocks), 1))
         return pixels(self, blocks)
 
-    monkeypatch.setattr(Canvas, "pixels", kept)
+    patch.setattr(Canvas, "pixels", kept)
     return seen
 
 
@@ -381,6 +386,14 @@ def test_one_leaves_a_batch_at_the_next_step_and_the_others_do_not_notice(
     assert alone.frames is not None
     assert got.frames is not None
     assert torch.equal(got.frames, alone.frames)
+
+
+def test_only_the_same_settings_share_a_batch() -> None:
+    with Service([image_model()]) as service:
+        tickets = batched(
+            service, ask(), ask(steps=4), ask(guidance=1.0), ask(block=(8, 8)), ask(solver="ddim"), ask(label=2, seed=5)
+        )
+        assert [result(ticket).batch for ticket in tickets] == [2, 1, 1, 1, 1, 2]
 
 
 # --- faults, and row 36 ----------------------------------------------------------------------------------------------
