@@ -68,18 +68,28 @@ def test_a_heads_tokens_lie_side_by_side() -> None:
     assert all(torch.equal(held[1], keys[0]) for held in cache.fork(2).prefix(0)[:1])
 
 
-def test_select_keeps_some_samples() -> None:
-    model = tiny_model()
-    cache = model.new_cache(3)
-    blocks = blocks_like(model, 3)
-    model.prefill(blocks[:, :2], cache)
-    chosen = cache.select([2, 0])
-    alone = model.new_cache(2)
-    model.prefill(blocks[[2, 0], :2], alone)
+@pytest.mark.parametrize("sinks", [None, 0, 1])
+def test_keep_lets_the_other_samples_go(sinks: int | None) -> None:
+    """Here and in all that follows, under a window too: as if they had never been there."""
+    window = {} if sinks is None else {"window": 2, "sink_blocks": sinks}
+    model = tiny_model(grid=(14, 4), block=(2, 4), **window, **({"sink_positions": "sliding"} if sinks else {}))
+    cache, alone = model.new_cache(3), model.new_cache(2)
+    blocks, noisy = blocks_like(model, 3), blocks_like(model, 3)
+    size = cache.nbytes
+    for block in range(6):
+        rows = [0, 1, 2] if block < 5 else [2, 0]
+        model.prefill(blocks[rows, block, None], cache)
+        model.prefill(blocks[[2, 0], block, None], alone)
+        if block == 4:
+            model.denoise(noisy[:, 5], 400, None, cache)  # turns the sinks
+            cache.keep([2, 0])
+    assert (cache.nbytes, cache.batch_size, cache.num_blocks) == (size * 2 // 3, 2, 6)
     for layer in range(len(model.layers)):
-        for ours, theirs in zip(chosen.prefix(layer), alone.prefix(layer), strict=True):
-            torch.testing.assert_close(ours, theirs)
-    assert chosen.num_blocks == 2
-    for wrong in ([], [3], [-1]):
+        for ours, theirs in zip(cache.prefix(layer), alone.prefix(layer), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+            assert ours.stride() == theirs.stride()  # a head's tokens still lie side by side
+    ours, theirs = (model.denoise(noisy[[2, 0], 6], 400, None, held) for held in (cache, alone))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+    for wrong in ([], [2], [-1], [0, 0]):
         with pytest.raises(ConfigError, match="samples"):
-            cache.select(wrong)
+            cache.keep(wrong)

@@ -11,15 +11,18 @@ import torch
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
+    DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
+    LMSDiscreteScheduler,
+    PNDMScheduler,
     UniPCMultistepScheduler,
 )
 
 from acdit.errors import ConfigError
-from acdit.sampling import DenoisingStep, generators_from_seed, sample_blocks
+from acdit.sampling import DenoisingStep, Staying, generators_from_seed, sample_blocks
 from tests.conftest import blocks_like, tiny_model
 
 SCHEDULERS = {
@@ -45,15 +48,16 @@ def uncached(
     batch, layout = len(labels), model.layout
     generators = generators_from_seed(seed, batch)
     blocks = torch.zeros(batch, layout.num_blocks, layout.block_tokens, model.token_dim, dtype=torch.float64)
-    null = torch.full_like(labels, model.null_label)
     for block in range(layout.num_blocks):
+        label = labels if labels.ndim == 1 else labels[:, block]
+        null = torch.full_like(label, model.null_label)
         solver = copy.deepcopy(scheduler)
         solver.set_timesteps(steps)
         x = torch.stack([torch.randn(blocks.shape[2:], generator=g) for g in generators]).double()
         for t in solver.timesteps:
             noisy = torch.zeros_like(blocks)
             noisy[:, block] = x
-            conditional = model(blocks, noisy, t, labels).sample[:, block]
+            conditional = model(blocks, noisy, t, label).sample[:, block]
             unconditional = model(blocks, noisy, t, null).sample[:, block]
             x = solver.step(unconditional + scale * (conditional - unconditional), t, x).prev_sample
         blocks[:, block] = x
@@ -86,6 +90,74 @@ def test_a_sample_is_the_same_in_any_batch(name: str) -> None:
         torch.testing.assert_close(alone[0], together[index], rtol=0, atol=1e-10)
     last_two = sample(model, scheduler, class_labels=[3, 2], generator=generators_from_seed(21, 2), **options)
     torch.testing.assert_close(last_two, together[1:], rtol=0, atol=1e-10)
+
+
+class Leaving:
+    """A callback that takes samples out of a batch.
+
+    Args:
+        at: (block, step) → places in the batch of those that stay.
+    """
+
+    def __init__(self, at: dict[tuple[int, int], list[int]]) -> None:
+        self.at, self.sizes = at, []
+
+    def __call__(self, step: DenoisingStep) -> Staying | None:
+        self.sizes.append(len(step.noisy))
+        stay = self.at.get((step.block, step.step))
+        return None if stay is None else Staying(stay)
+
+
+# What else remembers several steps: nothing of it may stay behind.
+REMEMBERING = {**SCHEDULERS, "pndm": PNDMScheduler, "deis": DEISMultistepScheduler, "lms": LMSDiscreteScheduler}
+
+
+@pytest.mark.parametrize("name", REMEMBERING)
+def test_samples_leave_at_a_step_and_the_others_do_not_notice(name: str) -> None:
+    model, scheduler, labels = tiny_model(), REMEMBERING[name](), [0, 3, 2, 4]
+    options = {"num_inference_steps": 6, "guidance_scale": 1.5}
+    alone = [
+        sample(model, scheduler, class_labels=[label], generator=20 + index, **options)[0]
+        for index, label in enumerate(labels)
+    ]
+    leaving, cache = Leaving({(0, 2): [3, 0, 1], (1, 5): [2, 0], (2, 0): [1]}), model.new_cache(4)
+    size = cache.nbytes
+    blocks = list(
+        sample_blocks(model, scheduler, class_labels=labels, generator=20, cache=cache, on_step=leaving, **options)
+    )
+    assert [len(block) for block in blocks] == [3, 2, 1, 1]
+    assert leaving.sizes[:4] == [4, 4, 4, 3]  # from the next step on
+    assert (cache.batch_size, cache.nbytes) == (1, size // 4)
+    for block, samples in enumerate(([3, 0, 1], [1, 3], [3], [3])):
+        for row, who in enumerate(samples):
+            torch.testing.assert_close(blocks[block][row], alone[who][block], rtol=0, atol=1e-10)
+
+
+def test_whoever_leaves_whenever_the_rest_is_what_the_training_forward_gives() -> None:
+    """By brute force: every sample alone, without a cache; departures drawn at random, labels that change."""
+    draws, labels = np.random.default_rng(5), torch.tensor([[1, 0, 2, 4], [4, 4, 1, 0], [2, 3, 3, 1]])
+    model, scheduler = tiny_model(), DPMSolverMultistepScheduler()
+    with torch.no_grad():
+        expected = uncached(model, scheduler, labels, steps=3, scale=2.0, seed=11)
+    for _ in range(12):
+        who, at, told = [0, 1, 2], {}, {}
+        for block in range(4):
+            for step in range(3):
+                if len(who) > 1 and draws.random() < 0.25:
+                    stay = draws.permutation(len(who))[: draws.integers(1, len(who) + 1)].tolist()
+                    at[block, step], who = stay, [who[place] for place in stay]
+            told[block] = who
+        options = {"class_labels": labels, "num_inference_steps": 3, "guidance_scale": 2.0, "generator": 11}
+        for block, made in enumerate(sample_blocks(model, scheduler, on_step=Leaving(at), **options)):
+            torch.testing.assert_close(made, expected[told[block], block], rtol=0, atol=1e-10)
+
+
+def test_who_may_not_leave() -> None:
+    options = {"class_labels": [1, 2], "num_inference_steps": 2}
+    for wrong, generator in (([], 0), ([2], 0), ([0, 0], 0), ([0], torch.Generator()), ([0], None)):
+        field = "samples" if generator == 0 else "generator"
+        with pytest.raises(ConfigError, match=field):
+            sample(tiny_model(), DDIMScheduler(), generator=generator, on_step=Leaving({(0, 0): wrong}), **options)
 
 
 def test_in_fp32_the_8_bit_picture_is_the_same_in_any_batch() -> None:

@@ -168,20 +168,25 @@ class KVCache:
         child.length, child._finished = self.length, self._finished
         return child
 
-    def select(self, samples: Sequence[int]) -> KVCache:
-        """A new cache that holds the given samples only, in their order: others have left the batch.
+    def keep(self, samples: Sequence[int]) -> None:
+        """Hold the given samples only, in their order; the memory of those that leave is given back, layer by layer.
 
         Raises:
-            ConfigError: no sample, or one that is not there.
+            ConfigError: no sample, one that is not there, or one twice.
         """
-        if not samples or not all(0 <= sample < self.batch_size for sample in samples):
-            raise ConfigError("samples", found=str(list(samples)), expected=f"some of 0 … {self.batch_size - 1}")
-        child = self.like(len(samples))
-        ours, theirs = self.tensors(), child._buffers(self._sink_keys is not None)
-        for name, held in ours.items():
-            theirs[name][:, : held.shape[1]] = held[list(samples)]
-        child.length, child._finished = self.length, self._finished
-        return child
+        there = all(0 <= sample < self.batch_size for sample in samples)
+        if not samples or not there or len(set(samples)) < len(samples):
+            raise ConfigError(
+                "samples", found=str(list(samples)), expected=f"some of 0 … {self.batch_size - 1}, each once"
+            )
+        for buffers in (self._keys, self._values, self._sink_keys or []):
+            for layer, held in enumerate(buffers):
+                by_head = held.transpose(1, 2)  # (B, H, T, K), as it lies in memory
+                kept = by_head.new_empty((len(samples), *by_head.shape[1:]))
+                seen = min(self.length, by_head.shape[2])  # what was never written is not touched
+                kept[:, :, :seen] = by_head[list(samples), :, :seen]
+                buffers[layer] = kept.transpose(1, 2)
+        self.batch_size = len(samples)
 
     # --- as tensors, to be kept in a file ---------------------------------------------------------------------------
 

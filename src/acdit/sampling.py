@@ -42,7 +42,15 @@ class DenoisingStep:
     """What the clean block looked like from before the step, (B, L, D); computed when it is called."""
 
 
-StepCallback = Callable[[DenoisingStep], Tensor | None]
+@dataclass(frozen=True)
+class Staying:
+    """What a step callback returns to take samples out of the batch: those that stay; nothing of the others is kept."""
+
+    samples: Sequence[int]
+    """Their places in the batch as it is, in the order they will have."""
+
+
+StepCallback = Callable[[DenoisingStep], Tensor | Staying | None]
 Guidance = float | Sequence[float] | Callable[[], float | Sequence[float]]
 
 
@@ -83,10 +91,12 @@ def sample_blocks(
         num_blocks: how many blocks to generate; default: to the end of the grid.
         generator: a list gives one stream per sample; a seed s gives sample i the seed s + i: the same picture
             whatever batch it is in. A single `torch.Generator` draws for the whole batch, as in diffusers.
-        on_step: called after every solver step; a tensor it returns takes the place of the noisy block.
+        on_step: called after every solver step; a tensor it returns takes the place of the noisy block. `Staying` takes
+            samples out of the batch there and then, out of `cache` too; the others go on as if they had been alone.
+            That needs a generator per sample.
 
     Yields:
-        (B, L, D), one finished block after another, in fp32 or wider.
+        (B, L, D), one finished block after another, in fp32 or wider; B is what is left of the batch.
 
     Raises:
         ConfigError: labels out of range, sequences of a wrong length, shapes that do not fit.
@@ -113,7 +123,10 @@ def sample_blocks(
     num_inference_steps = _listed(num_inference_steps)
     if guidance_interval is not None and not guidance_interval[0] <= guidance_interval[1]:
         raise ConfigError("guidance_interval", found=str(guidance_interval), expected="(low, high) with low <= high")
-    schedule = _BlockSchedule(layout.num_blocks, first + count, num_inference_steps, guidance_scale, labels)
+    _require_labels(labels, layout.num_blocks, first + count)
+    schedule = _BlockSchedule(
+        layout.num_blocks, first + count, num_inference_steps, guidance_scale, labelled=labels is not None
+    )
     for block in range(first, first + count):
         schedule.guidance(block)  # what it cannot take is said before anything is computed
     if cache is None:
@@ -123,11 +136,11 @@ def sample_blocks(
     )
     if prefix is not None:
         model.prefill(prefix.expand(batch, -1, -1, -1).to(device, dtype), cache)
+    samples = _Samples(cache, labels, generator)
     for block in range(first, first + count):
-        noise = _noise((batch, layout.block_tokens, model.token_dim), generator, device).to(wide_dtype(dtype))
-        finished = _denoise_block(
-            model, scheduler, noise, block, schedule, guidance_interval, cache, generator, on_step
-        )
+        shape = (cache.batch_size, layout.block_tokens, model.token_dim)
+        noise = _noise(shape, samples.generator, device).to(wide_dtype(dtype))
+        finished = _denoise_block(model, scheduler, noise, block, schedule, guidance_interval, samples, on_step)
         yield finished
         if block + 1 < first + count:  # the last block has no reader
             model.prefill(finished[:, None].to(dtype), cache)
@@ -139,23 +152,14 @@ def _listed(values: Any) -> Any:
 
 
 class _BlockSchedule:
-    """Steps, guidance and labels of each block, given once or per block."""
+    """Steps and guidance of each block, given once or per block."""
 
     def __init__(
-        self,
-        num_blocks: int,
-        needed: int,
-        steps: int | Sequence[int],
-        guidance: Guidance,
-        labels: Tensor | None,
+        self, num_blocks: int, needed: int, steps: int | Sequence[int], guidance: Guidance, labelled: bool
     ) -> None:
         self._num_blocks, self._needed = num_blocks, needed
         self._require_per_block("num_inference_steps", steps, least=1)
-        if labels is not None and labels.ndim == 2 and labels.shape[1] < needed:
-            raise ConfigError(
-                "class_labels", found=f"{labels.shape[1]} blocks", expected=f"{num_blocks}, one per block"
-            )
-        self._steps, self._guidance, self._labels = steps, guidance, labels
+        self._steps, self._guidance, self._labelled = steps, guidance, labelled
 
     def _require_per_block(self, name: str, values: Any, least: int | None = None) -> None:
         if isinstance(values, Sequence) and len(values) < self._needed:
@@ -173,16 +177,51 @@ class _BlockSchedule:
         scales = _listed(self._guidance() if callable(self._guidance) else self._guidance)
         self._require_per_block("guidance_scale", scales)
         scale = float(scales[block] if isinstance(scales, Sequence) else scales)
-        if scale != 1.0 and self._labels is None:
+        if scale != 1.0 and not self._labelled:
             raise ConfigError(
                 "guidance_scale", found="guidance without labels", expected="class_labels, or guidance_scale=1"
             )
         return scale
 
-    def labels(self, block: int) -> Tensor | None:
-        if self._labels is None or self._labels.ndim == 1:
-            return self._labels
-        return self._labels[:, block]
+
+@dataclass
+class _Samples:
+    """What belongs to the samples of a batch one by one, but for their noisy block."""
+
+    cache: KVCache
+    labels: Tensor | None
+    """(B,) or (B, N)."""
+    generator: Generators
+
+    def labels_of(self, block: int) -> Tensor | None:
+        return self.labels if self.labels is None or self.labels.ndim == 1 else self.labels[:, block]
+
+    def keep(self, samples: Sequence[int]) -> None:
+        """Let the others go.
+
+        Raises:
+            ConfigError: no sample stays, or they draw from one generator: the others' noise would change.
+        """
+        if not isinstance(self.generator, list):
+            raise ConfigError(
+                "generator", found="one for all samples, and some leave the batch", expected="a list, or a seed"
+            )
+        self.cache.keep(samples)
+        self.labels = None if self.labels is None else self.labels[list(samples)]
+        self.generator = [self.generator[sample] for sample in samples]
+
+
+def _keep_in_solver(solver: SchedulerMixin, samples: Sequence[int], shape: torch.Size) -> None:
+    """Let samples go from what a scheduler remembers of earlier steps: tensors of the noisy block's shape, and lists
+    of them. Its own tables are of other shapes."""
+
+    def kept(held: Any) -> Any:
+        if isinstance(held, Tensor) and held.shape == shape:
+            return held[list(samples)]
+        return [kept(one) for one in held] if isinstance(held, list) else held
+
+    for name, held in vars(solver).items():
+        setattr(solver, name, kept(held))
 
 
 def _denoise_block(
@@ -192,29 +231,34 @@ def _denoise_block(
     block: int,
     schedule: _BlockSchedule,
     guidance_interval: tuple[float, float] | None,
-    cache: KVCache,
-    generator: Generators,
+    samples: _Samples,
     on_step: StepCallback | None,
 ) -> Tensor:
     solver = copy.deepcopy(scheduler)
     solver.set_timesteps(schedule.steps(block), device=noise.device)
-    extra = {"generator": generator} if "generator" in inspect.signature(solver.step).parameters else {}
+    draws = "generator" in inspect.signature(solver.step).parameters
     low, high = guidance_interval if guidance_interval is not None else (float("-inf"), float("inf"))
-    labels = schedule.labels(block)
+    cache = samples.cache
     noisy = noise * getattr(solver, "init_noise_sigma", 1.0)  # flow schedulers start from unit noise
     for step, timestep in enumerate(solver.timesteps):
         model_input = solver.scale_model_input(noisy, timestep) if hasattr(solver, "scale_model_input") else noisy
         model_input = model_input.to(model.x_embedder.weight.dtype)
-        scale = schedule.guidance(block)
+        labels, scale = samples.labels_of(block), schedule.guidance(block)
         if scale != 1.0 and low <= float(timestep) <= high:
             prediction = _guided(model, model_input, timestep, labels, cache, scale)
         else:
             prediction = model.denoise(model_input, timestep, labels, cache).to(noisy.dtype)
+        extra = {"generator": samples.generator} if draws else {}
         noisy = solver.step(prediction, timestep, noisy, return_dict=False, **extra)[0]
         if on_step is not None:
             estimate = functools.partial(_predicted_clean, solver, step, timestep, model_input, prediction)
-            replaced = on_step(DenoisingStep(block, step, len(solver.timesteps), timestep, noisy, estimate))
-            noisy = noisy if replaced is None else replaced
+            answer = on_step(DenoisingStep(block, step, len(solver.timesteps), timestep, noisy, estimate))
+            if isinstance(answer, Staying):
+                samples.keep(answer.samples)
+                _keep_in_solver(solver, answer.samples, noisy.shape)
+                noisy = noisy[list(answer.samples)]
+            else:
+                noisy = noisy if answer is None else answer
     return noisy
 
 
@@ -291,6 +335,11 @@ def _labels(model: ACDiTTransformer, class_labels: Tensor | Sequence[int] | None
             expected=f"integers 0 … {model.null_label - 1} ({model.null_label}: none)",
         )
     return labels
+
+
+def _require_labels(labels: Tensor | None, num_blocks: int, needed: int) -> None:
+    if labels is not None and labels.ndim == 2 and labels.shape[1] < needed:
+        raise ConfigError("class_labels", found=f"{labels.shape[1]} blocks", expected=f"{num_blocks}, one per block")
 
 
 def _batch_size(labels: Tensor | None, given: int | None, prefix: Tensor | None, cache: KVCache | None) -> int:

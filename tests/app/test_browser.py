@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageSequence
 
 from acdit.app import files
 from acdit.app.models import ServedModel
@@ -197,6 +197,49 @@ def test_continue_from_an_upload(page: tuple[str, Service], browser: Any, tmp_pa
     assert settled(page[1])
 
 
+def test_continue_a_clip(page: tuple[str, Service], browser: Any, tmp_path: Path) -> None:
+    """A gif that the page has made goes in again; its first frames come out as they were."""
+    layout = page[1].models["video"].layout
+    height, width = layout.grid[1:]
+    visitor = Visitor(browser, page[0], "?tab=video&label=0&seed=5&samples=1&steps=10")
+    visitor.press("Generate")
+    visitor.shows("done in", "video")
+    data = str(visitor.page.locator("#view-video a[download$=gif]").first.get_attribute("href")).partition(",")[2]
+    (tmp_path / "given.gif").write_bytes(base64.b64decode(data))
+    visitor.page.get_by_label("number input for How many").locator("visible=true").fill("2")
+    visitor.page.get_by_text("Continue a clip or picture").click()
+    chosen = visitor.page.locator("[role=tabpanel]:visible input[type=file]").first
+    chosen.set_input_files(str(tmp_path / "given.gif"))
+    visitor.page.get_by_text("given.gif").wait_for(timeout=30 * SECOND)
+    visitor.page.get_by_label("number input for Blocks to keep").locator("visible=true").fill("1")
+    visitor.press("Continue")
+    visitor.page.wait_for_function(
+        "() => document.querySelectorAll('#view-video a[download$=gif]').length === 2", timeout=90 * SECOND
+    )
+    kept = layout.block[0] * layout.patch[0]
+    given, made = frames_of(tmp_path / "given.gif", height, width), []
+    for index, link in enumerate(visitor.page.locator("#view-video a[download$=gif]").all()):
+        path = tmp_path / f"made-{index}.gif"
+        path.write_bytes(base64.b64decode(str(link.get_attribute("href")).partition(",")[2]))
+        made.append(frames_of(path, height, width))
+    for clip in made:
+        assert clip.shape == given.shape
+        assert np.abs(clip[:kept] - given[:kept]).mean() < 4  # gif has 256 colours, and its reader decodes to YUV
+        assert np.abs(clip[kept:] - given[kept:]).max() > 4  # another future: another draw
+    assert np.abs(made[0][kept:] - made[1][kept:]).max() > 4
+    visitor.leave()
+    assert settled(page[1])
+
+
+def frames_of(path: Path, height: int, width: int) -> np.ndarray:
+    """(T, H, W) gray levels, as they were before they were enlarged."""
+    with Image.open(path) as film:
+        return np.stack([
+            np.asarray(frame.convert("L").resize((width, height), Image.Resampling.BOX), dtype=int)
+            for frame in ImageSequence.Iterator(film)
+        ])  # fmt: skip
+
+
 def test_switch_while_it_runs(page: tuple[str, Service], browser: Any) -> None:
     visitor = Visitor(browser, page[0], "?tab=video&label=0&blocks=8&steps=60")
     visitor.press("Generate")
@@ -233,6 +276,12 @@ def test_anatomy_changes_live(page: tuple[str, Service], browser: Any) -> None:
     field.fill("7")
     field.press("Tab")
     visitor.shows("does not divide", "anatomy")
+    for name, number in (("Block height", 8), ("Frames", 8), ("Block frames", 2)):
+        field = visitor.page.get_by_label(f"number input for {name}", exact=True)
+        field.fill(str(number))
+        field.press("Tab")
+    visitor.shows("32 blocks × 256", "anatomy")
+    visitor.photograph("anatomy-clip")
     visitor.leave()
 
 

@@ -64,7 +64,7 @@ def test_pictures_through_the_api(page: tuple[str, Service], client: Any) -> Non
     settings = files.settings_in(base64.b64decode(done["files"][1]["data"]))
     assert settings["seed"] == 5
     again = client.predict({name: settings[name] for name in done["settings"]}, api_name="/image")
-    assert torch.equal(picture(again), picture(done, 1))
+    assert (picture(again).int() - picture(done, 1).int()).abs().max() <= 1  # alone, and in a batch of two
     assert settled(page[1])
 
 

@@ -6,7 +6,7 @@ import gc
 import math
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -14,8 +14,10 @@ import torch
 
 from acdit.app.drawing import Canvas
 from acdit.app.events import Busy, Cancelled, Done, Failed, Picture, Text, Ticket, Waiting
-from acdit.app.requests import Limits, SampleRequest, TextRequest
+from acdit.app.models import ServedModel
+from acdit.app.requests import Limits, Request, SampleRequest, TextRequest
 from acdit.app.service import Service
+from acdit.cache import KVCache
 from acdit.errors import ConfigError
 from acdit.streaming import Stream
 from tests.app.served import image_model, text_model, video_model
@@ -44,15 +46,33 @@ def held(service: Service) -> threading.Event:
     denoise = model.denoise
 
     def waits(*arguments: Any, **options: Any) -> torch.Tensor:
-        release.wait(30)
+        while not release.wait(0.02) and not service._closed:
+            pass
         return denoise(*arguments, **options)
 
     model.denoise = waits
     return release
 
 
-def settled(service: Service) -> bool:
-    for _ in range(200):
+def at_call(served: ServedModel, number: int, act: Callable[[], object]) -> list[tuple[int, int]]:
+    """Act during the model's call of that number, from 1; returns what is filled with every call's rows and the bytes
+    of its cache."""
+    calls: list[tuple[int, int]] = []
+    model = served.pipeline.transformer
+    denoise = model.denoise
+
+    def counted(noisy: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        calls.append((len(noisy), cache.nbytes))
+        if len(calls) == number:
+            act()
+        return denoise(noisy, timestep, labels, cache)
+
+    model.denoise = counted
+    return calls
+
+
+def settled(service: Service, tries: int = 200) -> bool:
+    for _ in range(tries):
         gc.collect()
         if not (service.running or service.waiting or service.live_caches):
             return True
@@ -137,19 +157,15 @@ def test_a_clip_is_continued(service: Service) -> None:
 
 
 def test_a_switch_changes_the_blocks_that_follow(service: Service) -> None:
+    first_of_the_third = 5
+    at_call(service.models["video"], first_of_the_third, lambda: service.switch(service._running[0], 4))
     ticket = service.submit(ask(model="video", blocks=6, steps=2))
-    for event in ticket.events():
-        if isinstance(event, Picture) and event.block == 2 and not event.finished:
-            service.switch(ticket, 4)
-        if isinstance(event, Done):
-            got = event
-    switched = got.labels.index(4)
-    assert got.labels == (1,) * switched + (4,) * (6 - switched)
-    assert switched >= 3
+    got = result(ticket)
+    assert got.labels == (1, 1, 1, 4, 4, 4)
     stream = Stream(service.models["video"].pipeline, [1], num_inference_steps=2)
-    frames = list(stream.frames(switched))
+    frames = list(stream.frames(3))
     stream.labels = [4]
-    frames += list(stream.frames(6 - switched))
+    frames += list(stream.frames(3))
     assert got.frames is not None
     assert torch.equal(got.frames.transpose(1, 2), eight_bits(torch.cat(frames, dim=1)))
     with pytest.raises(ConfigError, match="label"):
@@ -224,22 +240,11 @@ def test_a_full_queue_says_busy() -> None:
 
 
 def test_cancel_stops_within_a_step_and_frees_the_cache(service: Service) -> None:
-    calls = 0
-    model = service.models["image"].pipeline.transformer
-    denoise = model.denoise
-
-    def counted(*arguments: Any) -> torch.Tensor:
-        nonlocal calls
-        calls += 1
-        if calls == 4:
-            service.cancel(ticket)
-        return denoise(*arguments)
-
-    model.denoise = counted
+    calls = at_call(service.models["image"], 4, lambda: service.cancel(service._running[0]))
     ticket = service.submit(ask(steps=50))
     events = list(ticket.events())
     assert isinstance(events[-1], Cancelled)
-    assert calls == 4
+    assert len(calls) == 4
     assert settled(service)
 
 
@@ -314,8 +319,30 @@ def test_a_batch_gives_what_each_gets_alone() -> None:
         assert (apart > 0).double().mean() <= 1e-3
 
 
-def test_rows_of_a_batch_agree_to_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before they are made 8-bit: fp64 ≤ 1e-10."""
+FIRST = 8
+"""Model calls of the picture that a batch waits for."""
+
+
+def batched(service: Service, *requests: Request) -> list[Ticket]:
+    """Tickets of requests that were waiting together: they are one batch."""
+    release = held(service)
+    first = service.submit(ask(steps=2))
+    while not service.running:
+        time.sleep(0.01)
+    tickets = [service.submit(request) for request in requests]
+    release.set()
+    result(first)
+    return tickets
+
+
+@pytest.fixture
+def finished(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """See `kept_blocks`."""
+    return kept_blocks(monkeypatch)
+
+
+def kept_blocks(patch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """Filled with (B, N, L, D) of every finished batch of pictures, before they are made 8-bit."""
     seen: list[torch.Tensor] = []
     pixels = Canvas.pixels
 
@@ -324,40 +351,49 @@ def test_rows_of_a_batch_agree_to_rounding(monkeypatch: pytest.MonkeyPatch) -> N
             seen.append(torch.stack(list(blocks), 1))
         return pixels(self, blocks)
 
-    monkeypatch.setattr(Canvas, "pixels", kept)
+    patch.setattr(Canvas, "pixels", kept)
+    return seen
+
+
+def test_rows_of_a_batch_agree_to_rounding(finished: list[torch.Tensor]) -> None:
+    """fp64 ≤ 1e-10."""
     with Service([image_model()]) as service:
         result(service.submit(ask(label=2, seed=7)))
-        alone = seen[-1]
-        release = held(service)
-        first = service.submit(ask(steps=2))
-        while not service.running:
-            time.sleep(0.01)
-        tickets = [service.submit(ask(label=label, seed=seed)) for label, seed in ((0, 3), (2, 7), (4, 1))]
-        release.set()
-        result(first)
+        alone = finished[-1]
+        tickets = batched(service, *[ask(label=label, seed=seed) for label, seed in ((0, 3), (2, 7), (4, 1))])
         assert [result(ticket).batch for ticket in tickets] == [3, 3, 3]
-    assert (seen[-1][1] - alone[0]).abs().max() <= 1e-10
+    assert (finished[-1][1] - alone[0]).abs().max() <= 1e-10
 
 
-def test_one_leaves_a_batch_and_the_others_do_not_notice() -> None:
+@pytest.mark.parametrize("at", [1, 2, 3, 5, 12])
+def test_one_leaves_a_batch_at_the_next_step_and_the_others_do_not_notice(
+    finished: list[torch.Tensor], at: int
+) -> None:
+    """Cancelled in any of the 12 model calls: the last of a block and of the picture among them."""
     with Service([image_model()]) as service:
         alone = result(service.submit(ask(label=3, seed=9)))
-        release = held(service)
-        first = service.submit(ask(steps=2))
-        while not service.running:
-            time.sleep(0.01)
-        leaving, staying = service.submit(ask(samples=3)), service.submit(ask(label=3, seed=9))
-        threading.Timer(0.05, release.set).start()
-        for event in leaving.events():
-            if isinstance(event, Picture):
-                leaving.cancel()
+        blocks = finished[-1]
+        calls = at_call(service.models["image"], FIRST + at, lambda: service.cancel(service._running[0]))
+        leaving, staying = batched(service, ask(samples=3), ask(label=3, seed=9))
         got = result(staying)
-        assert result(first)
-        assert leaving.ended
+        assert isinstance(list(leaving.events())[-1], Cancelled)
         assert settled(service)
+    one = calls[0][1]
+    both = 2  # branches of guidance, which share the cache
+    assert calls[FIRST:] == [(both * 4, 4 * one)] * at + [(both * 1, one)] * (12 - at)
+    assert got.batch == 1
+    assert (finished[-1][-1] - blocks[0]).abs().max() <= 1e-10
     assert alone.frames is not None
     assert got.frames is not None
-    assert (alone.frames.int() - got.frames.int()).abs().max() <= 1
+    assert torch.equal(got.frames, alone.frames)
+
+
+def test_only_the_same_settings_share_a_batch() -> None:
+    with Service([image_model()]) as service:
+        tickets = batched(
+            service, ask(), ask(steps=4), ask(guidance=1.0), ask(block=(8, 8)), ask(solver="ddim"), ask(label=2, seed=5)
+        )
+        assert [result(ticket).batch for ticket in tickets] == [2, 1, 1, 1, 1, 2]
 
 
 # --- faults, and row 36 ----------------------------------------------------------------------------------------------

@@ -20,7 +20,10 @@ from acdit.app.service import Service
 from acdit.errors import AcditError, ConfigError
 
 _POLL = 0.03
-_ANATOMY = {"height": 32, "width": 32, "block_height": 16, "block_width": 16, "size": "B", "steps": 25, "guided": True}
+_ANATOMY = {
+    "height": 32, "width": 32, "block_height": 16, "block_width": 16, "frames": 1, "block_frames": 1, "size": "B",
+    "steps": 25, "guided": True,
+}  # fmt: skip
 
 
 async def heard(ticket: Ticket) -> AsyncIterator[Any]:
@@ -163,7 +166,7 @@ def add_api(blocks: Any, service: Service) -> None:
         return {"cancelled": name}
 
     def figures(settings: dict) -> dict:
-        """What a grid and a block cost: height, width, block_height, block_width, size, steps, guided."""
+        """What a grid and a block cost; the settings are those of `_ANATOMY`."""
         try:
             return {"figures": dict(anatomy(**_anatomy(settings)).figures)}
         except AcditError as error:

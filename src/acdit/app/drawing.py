@@ -1,7 +1,8 @@
 """Pictures and clips of a batch of requests: the library's own loop, a block at a time.
 
 `sample_blocks` is asked for one block after another, with one cache and one generator a sample, as `acdit.streaming`
-does. So labels can change between blocks, requests can leave a batch, and the result is that of one call for all.
+does. So labels can change between blocks, and the result is that of one call for all. A request that is cancelled
+leaves the batch after the step at work: its samples are computed no further, and their share of the cache is freed.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from acdit.app.requests import SampleRequest
 from acdit.cache import KVCache
 from acdit.errors import ConfigError, NonFiniteError
 from acdit.layout import BlockLayout
-from acdit.sampling import DenoisingStep, generators_from_seed, sample_blocks
+from acdit.sampling import DenoisingStep, Staying, generators_from_seed, sample_blocks
 
 PREVIEW_SECONDS = 0.08
 """At least so long between two previews of one block; the first and the last step are always shown."""
@@ -142,7 +143,6 @@ class _Drawing:
         cache = self._begin()
         last: Tensor | None = None
         for block in range(self._first.keep, self._total):
-            cache, last = self._leave(cache, last)
             for job in self._jobs:
                 for label in (to for at, to in job.request.switches if at == block):
                     job.ticket.switch(label)
@@ -185,19 +185,19 @@ class _Drawing:
         labels = [label for job in self._jobs for label in [job.labels[-1]] * job.request.samples]
         return None if None in labels else [label for label in labels if label is not None]
 
-    def _on_step(self, state: DenoisingStep) -> None:
+    def _on_step(self, state: DenoisingStep) -> Staying | None:
         self._done += 1
-        wanted = [job for job in self._jobs if not self._stops(job)]
-        if not wanted:
-            raise Stopped
+        staying = self._leave()
         now = time.monotonic()
         wait = max(PREVIEW_SECONDS, PREVIEW_SHARE * self._preview_took)
-        if state.step not in (0, state.num_steps - 1) and now - self._shown < wait:
-            return
-        pixels = self._canvas.pixels([*self._finished, state.estimate()])
-        self._shown = time.monotonic()
-        self._preview_took = self._shown - now
-        self._tell(wanted, pixels, state.block, False, state.step + 1)
+        if state.step in (0, state.num_steps - 1) or now - self._shown >= wait:
+            estimate = state.estimate()
+            estimate = estimate if staying is None else estimate[list(staying.samples)]
+            pixels = self._canvas.pixels([*self._finished, estimate])
+            self._shown = time.monotonic()
+            self._preview_took = self._shown - now
+            self._tell(self._jobs, pixels, state.block, False, state.step + 1)
+        return staying
 
     @staticmethod
     def _stops(job: _Job) -> bool:
@@ -207,16 +207,18 @@ class _Drawing:
             job.ticket.put(Cancelled(why))
         return why is not None
 
-    def _leave(self, cache: KVCache, last: Tensor | None) -> tuple[KVCache, Tensor | None]:
-        """Take cancelled requests' samples out of the batch."""
+    def _leave(self) -> Staying | None:
+        """Take cancelled requests' samples out of the batch; None: there are none.
+
+        Raises:
+            Stopped: nobody stays.
+        """
         staying = [job for job in self._jobs if not self._stops(job)]
         if len(staying) == len(self._jobs):
-            return cache, last
+            return None
         if not staying:
             raise Stopped
         rows = [row for job in staying for row in range(self._batch)[job.rows]]
-        cache = cache.select(rows)
-        self._register(cache)
         self._generators = [self._generators[row] for row in rows]
         self._finished = [block[rows] for block in self._finished]
         self._steps = [pixels[rows] for pixels in self._steps]
@@ -225,7 +227,7 @@ class _Drawing:
             job.rows = slice(start, start + job.request.samples)
             start += job.request.samples
         self._jobs, self._batch = staying, start
-        return cache, None if last is None else last[rows]
+        return Staying(rows)
 
     def _add(self, block: Tensor) -> Tensor | None:
         """One more finished block; the pixels of its step of time once that is whole."""

@@ -234,7 +234,7 @@ def anatomy_view(mask: Image.Image, order: Image.Image, figures: Sequence[tuple[
     rows = "".join(f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>" for name, value in figures)
     return (
         f'<div class="acdit-pair"><figure>{_img(_saved(order), "image/png", "blocks numbered in their order")}'
-        "<figcaption>The order of the blocks</figcaption></figure>"
+        "<figcaption>The order of the blocks; frames of one block stand together</figcaption></figure>"
         f"<figure>{_img(_saved(mask), 'image/png', 'skip-causal mask: rows are queries, columns are keys')}"
         f"<figcaption>The skip-causal mask: rows read columns. {_key()}</figcaption></figure></div>"
         f'<table class="acdit-table"><tbody>{rows}</tbody></table>'

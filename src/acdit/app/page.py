@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from acdit.app import files, links, markup
-from acdit.app.anatomy import anatomy
+from acdit.app.anatomy import MOST_FRAMES, anatomy
 from acdit.app.api import add_api, heard
 from acdit.app.events import Cancelled, Done, Failed, Picture, Text, Ticket, Waiting
 from acdit.app.models import ServedModel
@@ -228,13 +228,16 @@ class Page:
                     high = gr.Slider(1, 64, 16, step=1, label="Block height", min_width=140)
                     wide = gr.Slider(1, 64, 16, step=1, label="Block width", min_width=140)
                 with gr.Row():
+                    frames = gr.Slider(1, MOST_FRAMES, 1, step=1, label="Frames", min_width=140)
+                    long = gr.Slider(1, MOST_FRAMES, 1, step=1, label="Block frames", min_width=140)
+                with gr.Row():
                     size = gr.Dropdown(list(PRESETS), value="B", label="Model", min_width=100)
                     steps = gr.Slider(1, 200, 25, step=1, label="Steps a block", min_width=140)
                 guided = gr.Checkbox(True, label="Guidance")
                 picture = gr.File(label="A picture to lay the blocks on", file_types=list(files.PICTURES), height=140)
             with gr.Column(scale=3, min_width=280):
-                view = gr.HTML(self._anatomy(32, 32, 16, 16, "B", 25, True, None), elem_id="view-anatomy")
-        inputs = [height, width, high, wide, size, steps, guided, picture]
+                view = gr.HTML(self._anatomy(32, 32, 16, 16, 1, 1, "B", 25, True, None), elem_id="view-anatomy")
+        inputs = [height, width, high, wide, frames, long, size, steps, guided, picture]
         for component in inputs:
             component.change(
                 self._anatomy, inputs, view, queue=False, api_visibility="private", show_progress="hidden",
@@ -349,8 +352,9 @@ class Page:
 
     @staticmethod
     def _anatomy(
-        height: Any, width: Any, high: Any, wide: Any, size: Any, steps: Any, guided: Any, path: str | None
-    ) -> str:
+        height: Any, width: Any, high: Any, wide: Any, frames: Any, long: Any, size: Any, steps: Any, guided: Any,
+        path: str | None,
+    ) -> str:  # fmt: skip
         try:
             below = None
             if path:
@@ -361,7 +365,7 @@ class Page:
                 except BadPicture as error:
                     return markup.note(str(error))
                 below = Image.fromarray(np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()))
-            found = anatomy(height, width, high, wide, size, steps, guided, below)
+            found = anatomy(height, width, high, wide, size, steps, guided, below, frames, long)
         except AcditError as error:
             return markup.note(str(error))
         return markup.anatomy_view(found.mask, found.order, found.figures)
