@@ -277,7 +277,7 @@ def _recipe_text(name_or_path: str | Path) -> tuple[str, str]:
             f"recipe {str(name_or_path)!r}", found="no such recipe",
             expected=f"one of {', '.join(known)}, or a path that ends in .yaml", fix=_nearest(str(name_or_path), known),
         )  # fmt: skip
-    return resources.files("acdit").joinpath("recipes", f"{name_or_path}.yaml").read_text(
+    return resources.files("acdit").joinpath("recipes").joinpath(f"{name_or_path}.yaml").read_text(
         "utf-8"
     ), f"{name_or_path}.yaml"
 

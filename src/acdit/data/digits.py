@@ -51,7 +51,7 @@ class DigitsDataset:
     def __init__(self, split: str = "train") -> None:
         if split not in SPLITS:
             raise ConfigError("data.split", found=repr(split), expected=f"one of {SPLITS} for the built-in digits")
-        packed = resources.files("acdit.data").joinpath("builtin", "digits.npz").read_bytes()
+        packed = (resources.files("acdit.data") / "builtin" / "digits.npz").read_bytes()
         with np.load(io.BytesIO(packed), allow_pickle=False) as arrays:
             levels, labels = arrays["images"], arrays["labels"]
         chosen = held_out_mask(labels) if split == "held_out" else ~held_out_mask(labels)

@@ -133,7 +133,7 @@ class BuiltInText(Documents):
         if part not in PARTS:
             raise ConfigError("data.split", found=repr(part), expected=f"one of {PARTS} for the built-in text")
         self.where = f"the built-in text, split {part!r}"
-        text = resources.files("acdit.data").joinpath("builtin", BUILT_IN).read_text(encoding="utf-8")
+        text = (resources.files("acdit.data") / "builtin" / BUILT_IN).read_text(encoding="utf-8")
         boundary = text.rindex("\n\n", 0, int(len(text) * (1 - BUILT_IN_HELD_OUT))) + 2
         self.text = text[:boundary] if part == "train" else text[boundary:]
 
