@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 
+from acdit.studies.report import judged_claim
 from acdit.studies.study import CONTRARY, OPEN, REPRODUCES, Claim, Metric, better_to_worse, ends, gap_closes
 from acdit.studies.verdict import contrast_of, leans, verdict_of
 
@@ -95,6 +96,21 @@ def test_a_gap_that_closes() -> None:
     turned = {"small 1": values["large 1"], "small 16": values["large 16"], "large 1": values["small 1"],
               "large 16": values["small 16"]}  # fmt: skip
     assert judged(claim, DISTANCE, turned) == CONTRARY
+
+
+def test_a_gap_that_is_not_there_cannot_close() -> None:
+    claim = Claim("closes", "distance", gap_closes(("small 1", "small 16"), ("large 1", "large 16")),
+                  presumes=ends("small 1", "small 16"))  # fmt: skip
+    values = {
+        "small 1": [20.0, 20.5, 20.2], "small 16": [18.0, 18.5, 18.2],
+        "large 1": [10.0, 10.2, 10.1], "large 16": [5.0, 5.1, 5.05],
+    }  # fmt: skip
+    costs = {arm: [DISTANCE.cost(value) for value in found] for arm, found in values.items()}
+    found = judged_claim(claim, DISTANCE, costs, "")
+    assert found["verdict"] == OPEN
+    assert "takes for granted" in found["shown"]
+    costs["small 16"] = [DISTANCE.cost(value) for value in (30.0, 31.0, 30.5)]
+    assert judged_claim(claim, DISTANCE, costs, "")["verdict"] == REPRODUCES
 
 
 def test_effects_in_words() -> None:

@@ -197,7 +197,8 @@ def _model_size(setting: Setting) -> Study:
             Claim(f"the larger model closes the gap between the longest AR length and one block ({wide} → {narrow})",
                   FRECHET.key,
                   gap_closes((by_length[wide, whole], by_length[wide, small]),
-                             (by_length[narrow, whole], by_length[narrow, small]))),
+                             (by_length[narrow, whole], by_length[narrow, small])),
+                  presumes=ends(by_length[wide, whole], by_length[wide, small])),
         ),
     )  # fmt: skip
 

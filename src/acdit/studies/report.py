@@ -58,7 +58,7 @@ def figures_of(
         "recipe": study.recipe, "overrides": [*study.overrides, *overrides],
         "seeds": list(dict.fromkeys(reading.seed for reading in readings)),
         "claims": [
-            _judged(claim, study.metric(claim.metric), costs[claim.metric], _unlearned(study, claim, arms))
+            judged_claim(claim, study.metric(claim.metric), costs[claim.metric], _unlearned(study, claim, arms))
             for claim in study.claims
         ],
         "arms": arms,
@@ -78,8 +78,18 @@ def _unlearned(study: Study, claim: Claim, arms: Sequence[Mapping[str, Any]]) ->
     return "" if best >= floor else f"no arm has learned enough: {study.metric(key).label} {best:.2f}, below {floor:g}"
 
 
-def _judged(claim: Claim, metric: Metric, costs: Mapping[str, Sequence[float]], unlearned: str) -> dict[str, Any]:
+def judged_claim(claim: Claim, metric: Metric, costs: Mapping[str, Sequence[float]], unlearned: str) -> dict[str, Any]:
+    """A claim's verdict, as the JSON of a study has it.
+
+    Args:
+        claim: of the study.
+        metric: the claim's.
+        costs: of each arm, one a seed.
+        unlearned: why it is not judged; "" where it is.
+    """
     contrast = contrast_of(claim.contrast, costs)
+    if claim.presumes is not None and contrast_of(claim.presumes, costs).estimate <= 0:
+        unlearned = unlearned or "the means do not show what the finding takes for granted"
     verdict = OPEN if unlearned else verdict_of(claim, contrast)
     told = metric.shown(contrast.estimate)
     if contrast.interval is not None:

@@ -73,6 +73,8 @@ class Claim:
     """(arm's label, weight); the weighted sum of the arms' mean costs is what the claim is about."""
     margin: float | None = None
     """None: the claim says that the contrast is above 0. Else: that it is below this (a cost that does not matter)."""
+    presumes: tuple[tuple[str, float], ...] | None = None
+    """A contrast that the claim takes for granted to be above 0: a gap that closes must be there."""
 
 
 @dataclass(frozen=True)

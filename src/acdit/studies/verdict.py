@@ -6,6 +6,8 @@ Welch and Satterthwaite's degrees of freedom rounded down, so it errs on the wid
     the interval lies where the claim says (above 0, or below the margin)    reproduces
     it lies on the other side                                                does not reproduce
     it holds the border, or there are fewer than two seeds of an arm         not resolved
+
+A claim may presume something, such as a gap that closes; where the means do not show it, it is not resolved.
 """
 
 from __future__ import annotations
@@ -21,9 +23,9 @@ RULE = (
     "A claim is one contrast of the arms' mean costs (log distance; share, negated where more is better), which the "
     "paper's finding puts above 0, or below a margin. Its 95 % interval over seeds (Welch) lies there: reproduces; on "
     "the other side: does not reproduce; it holds the border, or an arm has fewer than two seeds, or none has learned "
-    "enough to be compared: not resolved. Claims are judged one by one, without a correction for their number. Arms of "
-    "a study see the same samples in the same number of steps, unless the study varies that; training FLOPs stand "
-    "beside."
+    "enough to be compared, or the means lack a gap that is said to close: not resolved. Claims are judged one by "
+    "one, without a correction for their number. Arms of a study see the same samples in the same number of steps, "
+    "unless the study varies that; training FLOPs stand beside."
 )
 
 
