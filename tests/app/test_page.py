@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 
 from acdit.app import files
+from acdit.app.models import ServedModel
 from acdit.app.requests import Limits
 from acdit.app.service import Service
 from tests.app.served import image_model, text_model, video_model
@@ -95,11 +96,29 @@ def test_a_switch_and_a_cancel(page: tuple[str, Service], client: Any) -> None:
     assert settled(page[1])
 
 
+def test_another_model_brings_its_own_fields() -> None:
+    """Chosen on the page: its classes, solvers, blocks, how many may be kept and made."""
+    pytest.importorskip("gradio", reason="the extra `app` is not installed")
+    from acdit.app.page import Page
+
+    other = ServedModel("other", video_model(grid=(8, 8, 4), block=(2, 4, 4), window=None).pipeline)
+    with Service([video_model(torch.float32), other, image_model()]) as service:
+        page = Page(service)
+        page.build()
+        keep, blocks = page._model_changed("other")[3], page._model_changed("other")[5]
+        assert (keep["minimum"], keep["maximum"], keep["step"], keep["value"]) == (2, 6, 2, 4)
+        assert (blocks["minimum"], blocks["maximum"], blocks["step"], blocks["value"]) == (2, 8, 2, 8)
+        assert page._model_changed("video")[5]["maximum"] == service.limits.blocks  # under a window clips go on
+        assert len(page._model_changed("image")) == 5
+
+
 def test_text_anatomy_and_models(client: Any) -> None:
     done = client.predict({"prompt": "ab", "seed": 1}, api_name="/text")
     assert done["texts"][0].startswith("ab")
     assert base64.b64decode(done["files"][0]["data"]).decode().startswith(done["texts"][0])
     assert client.predict({"block_height": 8}, api_name="/anatomy")["figures"]["tokens"] == "1,024 = 8 blocks × 128"
+    clip = client.predict({"frames": 4, "block_frames": 2}, api_name="/anatomy")["figures"]
+    assert clip["tokens"] == "4,096 = 8 blocks × 512"
     assert [one["kind"] for one in client.predict(api_name="/models")] == ["image", "video", "text"]
 
 

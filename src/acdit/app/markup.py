@@ -229,12 +229,13 @@ def link(tab: str, settings: dict[str, Any]) -> str:
     return f'<p class="acdit-links"><a href="{query}">Link to these settings</a>{upload}</p>'
 
 
-def anatomy_view(mask: Image.Image, order: Image.Image, figures: Sequence[tuple[str, str]]) -> str:
-    """Mask, order and figures."""
+def anatomy_view(mask: Image.Image, order: Image.Image, figures: Sequence[tuple[str, str]], clip: bool = False) -> str:
+    """Mask, order and figures; of a clip it is said how its frames stand."""
+    together = "; frames of one block stand together" if clip else ""
     rows = "".join(f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>" for name, value in figures)
     return (
         f'<div class="acdit-pair"><figure>{_img(_saved(order), "image/png", "blocks numbered in their order")}'
-        "<figcaption>The order of the blocks; frames of one block stand together</figcaption></figure>"
+        f"<figcaption>The order of the blocks{together}</figcaption></figure>"
         f"<figure>{_img(_saved(mask), 'image/png', 'skip-causal mask: rows are queries, columns are keys')}"
         f"<figcaption>The skip-causal mask: rows read columns. {_key()}</figcaption></figure></div>"
         f'<table class="acdit-table"><tbody>{rows}</tbody></table>'

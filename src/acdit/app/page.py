@@ -110,9 +110,12 @@ class Page:
                         visible=len(self._blocks(first)) > 1,
                     )  # fmt: skip
                     if kind == "video":
-                        most = self._service.limits.blocks if first.endless else first.layout.num_blocks
                         fields["blocks"] = gr.Slider(
-                            a_step, most // a_step * a_step, first.layout.num_blocks, step=a_step, label="Blocks in all"
+                            a_step,
+                            self._most_blocks(first),
+                            first.layout.num_blocks,
+                            step=a_step,
+                            label="Blocks in all",
                         )
                 with gr.Accordion(f"Continue a {'picture' if kind == 'image' else 'clip or picture'}", open=False):
                     upload = gr.File(
@@ -168,6 +171,7 @@ class Page:
             fields[field].input(lambda: "", None, fields["switches"], queue=False, api_visibility="private")
         if len(models) > 1:
             outputs = [fields[name] for name in ("label", "solver", "block")] + [keep, to]
+            outputs += [fields["blocks"]] if kind == "video" else []
             fields["model"].change(self._model_changed, fields["model"], outputs, queue=False, api_visibility="private")
 
     def _text_tab(self, models: list[ServedModel]) -> None:
@@ -261,16 +265,23 @@ class Page:
         import gradio as gr
 
         served = self._service.models[name]
-        count = served.layout.num_blocks
+        count, a_step = served.layout.num_blocks, served.blocks_a_step
+        blocks = gr.update(maximum=self._most_blocks(served), minimum=a_step, step=a_step, value=count)
         return [
             gr.update(
                 choices=served.class_names, value=0 if served.num_classes else None, visible=bool(served.num_classes)
             ),
             gr.update(choices=[(_OWN, ""), *[(one, one) for one in served.solvers]], value=""),
             gr.update(choices=self._blocks(served), value=_joined(served.layout.block)),
-            gr.update(maximum=max(1, count - served.blocks_a_step), step=served.blocks_a_step),
+            gr.update(maximum=max(a_step, count - a_step), minimum=a_step, step=a_step, value=self._half(served)),
             gr.update(choices=served.class_names, value=0 if served.num_classes else None),
+            *([blocks] if served.kind == "video" else []),
         ]
+
+    def _most_blocks(self, served: ServedModel) -> int:
+        """Of a clip, in whole steps of time."""
+        most = self._service.limits.blocks if served.endless else served.layout.num_blocks
+        return most // served.blocks_a_step * served.blocks_a_step
 
     def _blocks(self, served: ServedModel) -> list[tuple[str, str]]:
         own = served.layout.block
@@ -368,7 +379,7 @@ class Page:
             found = anatomy(height, width, high, wide, size, steps, guided, below, frames, long)
         except AcditError as error:
             return markup.note(str(error))
-        return markup.anatomy_view(found.mask, found.order, found.figures)
+        return markup.anatomy_view(found.mask, found.order, found.figures, clip=frames > 1)
 
     def _from_link(self, query: dict[str, str]) -> list[Any]:
         import gradio as gr
