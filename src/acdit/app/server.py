@@ -10,7 +10,6 @@ import socket
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -88,12 +87,10 @@ def _mounted(service: Service, limits: Limits) -> Any:
         slider_color="#2f6fb0", slider_color_dark="#5c9bd9",
     )  # fmt: skip
     outer = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    # A history of runs came after gradio 6.15: off where there is one.
-    history = {"run_history": False} if "run_history" in signature(gr.mount_gradio_app).parameters else {}
     return gr.mount_gradio_app(
         outer, Page(service).build(), path="/", server_name=HOST, show_error=True, max_file_size=limits.upload_bytes,
         ssr_mode=False, enable_monitoring=False, pwa=False, mcp_server=False, footer_links=[], theme=theme,
-        css=CSS, allowed_paths=[], **history,
+        css=CSS, allowed_paths=[], run_history=False,
     )  # fmt: skip
 
 
