@@ -41,9 +41,9 @@ def require_gradio() -> None:
             fix="pip install 'acdit[app]'",
         ) from None  # fmt: skip
     numbers = [int(part) for part in gradio.__version__.split(".")[:2]]
-    if numbers < [6, 7]:
+    if numbers < [6, 31]:  # what older ones lack: docs/installing.md
         raise ConfigError(
-            "acdit app", found=f"gradio {gradio.__version__}", expected="6.7 or newer", fix="pip install 'acdit[app]'"
+            "acdit app", found=f"gradio {gradio.__version__}", expected="6.31 or newer", fix="pip install 'acdit[app]'"
         )
 
 
