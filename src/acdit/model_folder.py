@@ -55,10 +55,10 @@ def require_whole(folder: str | Path) -> None:
         ConfigError: no pipeline's folder.
         StorageError: a damaged one.
     """
-    folder = Path(builtin.located(folder))
+    named, folder = folder, Path(builtin.located(folder))
     if not (folder / "model_index.json").is_file():
         raise ConfigError(
-            f"model {folder}", found="no model_index.json there", expected="the folder of a saved pipeline",
+            f"model {named}", found="no model_index.json there", expected="the folder of a saved pipeline",
             fix="train one (make demo leaves runs/demo/model), or check the path",
         )  # fmt: skip
     if storage.is_committed(folder):
