@@ -10,11 +10,9 @@ A run that is finished in --work is not run again, a killed one goes on. What is
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from acdit import ACDiTPipeline, ACDiTTextPipeline, builtin, demo, demo_text, de
 from acdit.data.build import as_measured, build_dataset
 from acdit.data.text import TextDataset
 from acdit.evaluation.perplexity import count_characters, text_bound
+from acdit.hub.folder import forget_places
 from acdit.recipe import Recipe, load_recipe
 from acdit.training import Trainer
 from acdit.videos import open_writer
@@ -42,45 +41,32 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=builtin.NAMES, default=builtin.NAMES)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    output: Path = options.output.resolve()
+    for folder in (options.work, output):
+        folder.mkdir(parents=True, exist_ok=True)
+    os.chdir(options.work)  # so that the recipes name no path of this machine
     for name in options.only:
-        work = options.work.resolve()
-        options.output.mkdir(parents=True, exist_ok=True)
-        metrics = make(name, work, options.output / name)
+        metrics = make(name, output / name)
         print(name, {key: metrics[key] for key in list(metrics)[:4]}, flush=True)
-    size = sum(file.stat().st_size for file in options.output.rglob("*.safetensors"))
+    size = sum(file.stat().st_size for file in output.rglob("*.safetensors"))
     print(f"{size} bytes of weights together (at most {LIMIT})")
     if size > LIMIT:
         raise SystemExit("too large to ship")
 
 
-def make(name: str, work: Path, output: Path) -> dict[str, Any]:
+def make(name: str, output: Path) -> dict[str, Any]:
     """Train (or find trained), round, measure, put in place."""
-    recipe = load_recipe(RECIPES[name])
-    with inside(work):  # so that the recipe names no path of this machine
-        first = FIRST.get(recipe.name)
-        begin = []
-        if first is not None:
-            trained(load_recipe(first))
-            begin = [f"train.init_from={first}/model"]
-        recipe = load_recipe(RECIPES[name], begin)
-        run = trained(recipe).resolve()
+    begin = []
+    if first := FIRST.get(RECIPES[name]):
+        begin = [f"train.init_from={trained(load_recipe(first))}/model"]
+    recipe = load_recipe(RECIPES[name], begin)
+    run = trained(recipe)
     with storage.atomic_directory(output) as place:
         pipeline = rounded(run / "model", place / "model", name)
         metrics = {**MEASURES[name](pipeline, recipe), **about(recipe, pipeline)}
         shutil.copyfile(run / "recipe.yaml", place / "recipe.yaml")
         storage.write_figures(place / "metrics.json", metrics)
     return metrics
-
-
-@contextlib.contextmanager
-def inside(folder: Path) -> Iterator[None]:
-    folder.mkdir(parents=True, exist_ok=True)
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
-        yield
-    finally:
-        os.chdir(before)
 
 
 def trained(recipe: Recipe) -> Path:
@@ -97,10 +83,7 @@ def rounded(source: Path, target: Path, name: str) -> Any:
     pipeline = kind.from_pretrained(source)
     pipeline.transformer.half()
     pipeline.save_pretrained(target)
-    for file in target.rglob("*.json"):  # where it was made is nobody's business
-        text = file.read_text(encoding="utf-8")
-        kept = [line for line in text.splitlines() if '"_name_or_path"' not in line]
-        file.write_text("\n".join(kept) + "\n", encoding="utf-8")
+    forget_places(target)
     loaded = kind.from_pretrained(target)
     loaded.set_progress_bar_config(disable=True)
     return loaded

@@ -7,7 +7,7 @@ ACDiT predicts zero, which would make every comparison one of zeros, so here all
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -45,7 +45,7 @@ def drawn_weights() -> Any:
 class Model(BaseModelTesterConfig):
     """What the three models share: inputs of `forward`, from one seed."""
 
-    settings: dict[str, Any]
+    settings: ClassVar[dict[str, Any]]
 
     @property
     def model_class(self) -> type[ACDiTTransformer]:
@@ -81,17 +81,23 @@ class Model(BaseModelTesterConfig):
 
 
 class Picture(Model):
-    settings = {"grid": (8, 8), "block": (2, 2), "patch": 2, "in_channels": 3, "num_classes": 5}  # noqa: RUF012
+    settings: ClassVar[dict[str, Any]] = {
+        "grid": (8, 8),
+        "block": (2, 2),
+        "patch": 2,
+        "in_channels": 3,
+        "num_classes": 5,
+    }
 
 
 class Clip(Model):
-    settings = {  # noqa: RUF012
+    settings: ClassVar[dict[str, Any]] = {
         "grid": (4, 4, 4), "block": (1, 2, 2), "patch": (1, 2, 2), "in_channels": 1, "num_classes": 5, "window": 2,
     }  # fmt: skip
 
 
 class Text(Model):
-    settings = {"grid": (16,), "block": (4,), "vocab_size": 11}  # noqa: RUF012
+    settings: ClassVar[dict[str, Any]] = {"grid": (16,), "block": (4,), "vocab_size": 11}
 
 
 class OfTraining(TrainingTesterMixin):

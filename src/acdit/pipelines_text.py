@@ -18,7 +18,7 @@ from acdit.errors import ConfigError
 from acdit.model import ACDiTTransformer
 from acdit.safe_loading import SafetensorsOnly
 from acdit.sampling import Generators
-from acdit.shims import ReadsTravelledFolders
+from acdit.shims import ReadsTravelledFolders, local_folder
 from acdit.text_sampling import Sampler, TextSamplingStep, cut_text, make_sampler, sample_tokens
 
 Prompts = str | Sequence[str] | Sequence[Sequence[int]] | torch.Tensor | None
@@ -70,10 +70,10 @@ class ACDiTTextPipeline(SafetensorsOnly, ReadsTravelledFolders, DiffusionPipelin
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **options: Any) -> Any:
         """diffusers' own, for a folder, a hub id or a built-in model's name, with the tokenizer that lies in tokenizer/
         there; no code is executed."""
-        name = builtin.located(pretrained_model_name_or_path)
-        pipeline = super().from_pretrained(name, **options)
+        place = local_folder(builtin.located(pretrained_model_name_or_path), options)
+        pipeline = super().from_pretrained(place, **options)
         if pipeline.tokenizer is None:
-            folder = _local_folder(name, options) / "tokenizer"
+            folder = Path(place) / "tokenizer"
             if folder.is_dir():
                 pipeline.tokenizer = load_tokenizer(str(folder))
                 pipeline._require_same_vocabulary()
@@ -206,13 +206,3 @@ class ACDiTTextPipeline(SafetensorsOnly, ReadsTravelledFolders, DiffusionPipelin
     def _require_same_vocabulary(self) -> None:
         if self.tokenizer is not None:
             require_vocabulary(self.tokenizer, self.transformer.config.vocab_size)
-
-
-def _local_folder(name: str, options: dict[str, Any]) -> Path:
-    """Where a pipeline's tokenizer is: its folder, or what is fetched of it from the hub (or found in its cache)."""
-    if Path(name).is_dir():
-        return Path(name)
-    import huggingface_hub
-
-    known = {key: options[key] for key in ("revision", "cache_dir", "token", "local_files_only") if key in options}
-    return Path(huggingface_hub.snapshot_download(name, allow_patterns="tokenizer/*", **known))

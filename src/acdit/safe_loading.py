@@ -8,8 +8,7 @@ from typing import Any
 
 from acdit import builtin
 from acdit.errors import ConfigError
-
-_PIPELINES = ("ACDiTPipeline", "ACDiTTextPipeline")
+from acdit.shims import PIPELINES, class_name
 
 
 class SafetensorsOnly:
@@ -26,7 +25,7 @@ class SafetensorsOnly:
             ConfigError: a folder of text asked for as pictures, or the other way round.
         """
         name = builtin.located(pretrained_model_name_or_path)
-        if cls.__name__ in _PIPELINES:
+        if cls.__name__ in PIPELINES:
             _require_kind(cls.__name__, Path(name))
         safe = True if use_safetensors is None else use_safetensors
         base: Any = super()  # diffusers' class, which this one stands before
@@ -35,9 +34,8 @@ class SafetensorsOnly:
 
 def _require_kind(kind: str, folder: Path) -> None:
     try:
-        found = json.loads((folder / "model_index.json").read_text(encoding="utf-8")).get("_class_name")
+        name = class_name(json.loads((folder / "model_index.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, AttributeError):
         return  # of the hub, or damaged: diffusers has its words for it
-    name = found[-1] if isinstance(found, list) and found else found  # a list: [module, class] of shared folders
-    if name in _PIPELINES and name != kind:
+    if name in PIPELINES and name != kind:
         raise ConfigError(f"model {folder}", found=f"an {name}", expected=f"an {kind}", fix=f"{name}.from_pretrained")

@@ -19,7 +19,7 @@ PIPELINE = "pipeline_acdit"
 ABOUT = ("README.md", "recipe.yaml", "metrics.json", "samples.png", "samples.gif")
 """Files of such a folder that tell of its run: of another model's, once that is made from it."""
 TEXT_CLASS = "ACDiTTextPipeline"
-_PIPELINES = ("ACDiTPipeline", TEXT_CLASS)
+PIPELINES = ("ACDiTPipeline", TEXT_CLASS)
 # Component → (its file, its class, the module that file imports it from).
 _COMPONENTS = {
     "transformer": ("modeling_acdit", "ACDiTTransformer", "acdit.model"),
@@ -59,7 +59,7 @@ def with_shims(index: Mapping[str, Any], tokenizer: bool = False) -> tuple[dict[
 def without_shims(index: Mapping[str, Any]) -> dict[str, Any]:
     """The index as `save_pretrained` writes it. What other files than ours are named in it is left as it is."""
     plain = dict(index)
-    if class_name(index) in _PIPELINES:
+    if class_name(index) in PIPELINES:
         plain["_class_name"] = class_name(index)
     for component, (file, kind, module) in _COMPONENTS.items():
         if list(index.get(component) or ()) == [file, kind]:

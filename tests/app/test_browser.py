@@ -95,6 +95,14 @@ class Visitor:
     def shows(self, text: str, tab: str) -> None:
         self.page.wait_for_selector(f"#view-{tab} >> text={text}", timeout=90 * SECOND)
 
+    def made(self, tab: str, path: Path) -> Path:
+        """Generate, and keep the download with the path's suffix there."""
+        self.press("Generate")
+        self.shows("done in", tab)
+        link = self.page.locator(f"#view-{tab} a[download$={path.suffix[1:]}]").first
+        path.write_bytes(base64.b64decode(str(link.get_attribute("href")).partition(",")[2]))
+        return path
+
     def steps(self, count: int) -> None:
         self.page.get_by_text("Solver and blocks").locator("visible=true").click()
         field = self.page.get_by_label("number input for Steps a block").locator("visible=true")
@@ -172,21 +180,16 @@ def test_continue_from_an_upload(page: tuple[str, Service], browser: Any, tmp_pa
     served = page[1].models["image"]
     height, width = served.layout.grid
     visitor = Visitor(browser, page[0], "?tab=image&label=3&seed=11&samples=1")
-    visitor.press("Generate")
-    visitor.shows("done in", "image")
-    data = str(visitor.page.locator("#view-image a[download]").first.get_attribute("href")).partition(",")[2]
-    (tmp_path / "given.png").write_bytes(base64.b64decode(data))
+    file = visitor.made("image", tmp_path / "given.png")
     visitor.page.get_by_label("number input for How many").locator("visible=true").fill("4")
     visitor.page.get_by_text("Continue a picture").click()
-    visitor.page.locator("input[type=file]:visible, input[type=file]").first.set_input_files(
-        str(tmp_path / "given.png")
-    )
+    visitor.page.locator("input[type=file]:visible, input[type=file]").first.set_input_files(str(file))
     visitor.page.get_by_text("given.png").wait_for(timeout=30 * SECOND)
     visitor.press("Continue")
     visitor.page.wait_for_function(
         "() => document.querySelectorAll('#view-image a[download]').length === 4", timeout=90 * SECOND
     )
-    given = np.asarray(Image.open(tmp_path / "given.png").resize((width, height), Image.Resampling.BOX))
+    given = np.asarray(Image.open(file).resize((width, height), Image.Resampling.BOX))
     for link in visitor.page.locator("#view-image a[download]").all():
         made = base64.b64decode(str(link.get_attribute("href")).partition(",")[2])
         (tmp_path / "made.png").write_bytes(made)
@@ -202,14 +205,11 @@ def test_continue_a_clip(page: tuple[str, Service], browser: Any, tmp_path: Path
     layout = page[1].models["video"].layout
     height, width = layout.grid[1:]
     visitor = Visitor(browser, page[0], "?tab=video&label=0&seed=5&samples=1&steps=10")
-    visitor.press("Generate")
-    visitor.shows("done in", "video")
-    data = str(visitor.page.locator("#view-video a[download$=gif]").first.get_attribute("href")).partition(",")[2]
-    (tmp_path / "given.gif").write_bytes(base64.b64decode(data))
+    file = visitor.made("video", tmp_path / "given.gif")
     visitor.page.get_by_label("number input for How many").locator("visible=true").fill("2")
     visitor.page.get_by_text("Continue a clip or picture").click()
     chosen = visitor.page.locator("[role=tabpanel]:visible input[type=file]").first
-    chosen.set_input_files(str(tmp_path / "given.gif"))
+    chosen.set_input_files(str(file))
     visitor.page.get_by_text("given.gif").wait_for(timeout=30 * SECOND)
     visitor.page.get_by_label("number input for Blocks to keep").locator("visible=true").fill("1")
     visitor.press("Continue")
@@ -217,7 +217,7 @@ def test_continue_a_clip(page: tuple[str, Service], browser: Any, tmp_path: Path
         "() => document.querySelectorAll('#view-video a[download$=gif]').length === 2", timeout=90 * SECOND
     )
     kept = layout.block[0] * layout.patch[0]
-    given, made = frames_of(tmp_path / "given.gif", height, width), []
+    given, made = frames_of(file, height, width), []
     for index, link in enumerate(visitor.page.locator("#view-video a[download$=gif]").all()):
         path = tmp_path / f"made-{index}.gif"
         path.write_bytes(base64.b64decode(str(link.get_attribute("href")).partition(",")[2]))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from acdit import builtin, draws
+from acdit import draws
 from acdit.codecs import PixelCodec
 from acdit.corruption import GaussianCorruption
 from acdit.data.build import as_measured, build_dataset
@@ -85,7 +85,7 @@ def measure_loss(
     if isinstance(dataset, StreamDataset):
         raise ConfigError("data.streaming", found="true", expected="false: a split is measured whole")
     codec, _ = build_codec(dataclasses.replace(recipe, data=chosen), dataset)
-    pipeline: Any = load_pipeline(recipe, Path(builtin.located(model)))
+    pipeline: Any = load_pipeline(recipe, Path(model))
     transformer = pipeline.transformer.to(device).eval()
     layout, config = transformer.layout, transformer.config
     expected = (config.in_channels, *layout.grid)

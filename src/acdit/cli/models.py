@@ -47,7 +47,7 @@ def load_pipeline(options: argparse.Namespace, device: Any = None) -> Any:
     from acdit import ACDiTPipeline
     from acdit.errors import ConfigError, StorageError, first_line
 
-    folder = Path(builtin.located(options.model))
+    folder = Path(options.model)
     _require_whole(folder, options.model)
     dtype = getattr(torch, DTYPES[options.dtype])
     chosen = chosen_device(device or options.device)
@@ -108,7 +108,7 @@ def load_text_pipeline(options: argparse.Namespace, device: Any = None) -> Any:
     for name, usual in OF_PICTURES.items():
         if getattr(options, name) != usual:
             raise ConfigError(f"--{name.replace('_', '-')}", found="a model of text", expected="a model of pictures")
-    folder = Path(builtin.located(options.model))
+    folder = Path(options.model)
     _require_whole(folder, options.model)
     chosen = chosen_device(device or options.device)
     try:

@@ -80,7 +80,7 @@ def share(
         classes = (model / CLASSIFIER / "config.json").is_file()
         if classes:
             shutil.copytree(model / CLASSIFIER, temporary / CLASSIFIER)
-        _forget_places(temporary)
+        forget_places(temporary)
         samples = draw(pipeline, recipe, options or SampleOptions(), temporary)
         origin = Origin(
             name=(repo_id or output.resolve().name).rpartition("/")[2], place=repo_id or output.name, recipe=recipe,
@@ -127,7 +127,7 @@ def _add_shims(folder: Path) -> None:
         (folder / name).write_text(content, encoding="utf-8")
 
 
-def _forget_places(folder: Path) -> None:
+def forget_places(folder: Path) -> None:
     """diffusers writes down where a model was loaded from: nobody else's business."""
     for file in (folder / INDEX, *folder.rglob("config.json"), *folder.rglob("scheduler_config.json")):
         content = _json(file)

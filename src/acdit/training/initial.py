@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from acdit import builtin
 from acdit.codecs import load_tokenizer, require_vocabulary
 from acdit.errors import ConfigError, first_line
 from acdit.model import ACDiTTransformer
@@ -34,7 +33,7 @@ def initialise(model: ACDiTTransformer, source: str, tokenizer: Any = None) -> l
     Raises:
         ConfigError: no such model, layers of another size, ids that mean other tokens.
     """
-    folder = Path(builtin.located(source))
+    folder = Path(source)
     subfolder = None if (folder / "config.json").is_file() else "transformer"
     try:
         other = ACDiTTransformer.from_pretrained(source, subfolder=subfolder)
