@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from acdit import ACDiTTransformer, costs
-from acdit.analysis.allocations import allocated_by_sampling, allocated_by_training
+from acdit.analysis.allocations import allocated_by_sampling, allocated_by_training, allocated_peak
 from acdit.errors import ConfigError
 from acdit.flops import Architecture
 
@@ -51,6 +51,18 @@ def test_the_peak_of_training_is_the_allocators() -> None:
     config = config_of("squares")
     closed = costs.activation_peak(Architecture.of(config), 2, 2)
     assert closed == pytest.approx(allocated_by_training(config, 2, 2, "none"), rel=0.05)
+
+
+def test_what_an_earlier_recording_left_does_not_count_when_it_goes() -> None:
+    left: list[torch.Tensor] = []
+    assert allocated_peak(lambda: left.append(torch.zeros(1 << 20))) == 4 << 20
+
+    def run() -> None:
+        left.clear()
+        held = torch.zeros(1 << 18)
+        torch.add(held, held)
+
+    assert allocated_peak(run) == 2 << 20
 
 
 def test_text_is_not_run() -> None:

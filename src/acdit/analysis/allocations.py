@@ -6,7 +6,7 @@ Exact and reproducible, temporaries inside operators included; what libraries ta
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,12 +24,29 @@ def allocated_peak(run: Callable[[], Any]) -> int:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it writes two lines to stderr for every recording
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         run()
-    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    sizes: dict[int, int] = {}
     held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
+    for address, size in _allocations(recorded.profiler.kineto_results.experimental_event_tree()):
+        if size < 0:
+            # What was there before the recording is not counted when it goes: nothing held it for this run. Garbage of
+            # an earlier recording, which Python collects when it likes, would make this one's peak too small.
+            held -= sizes.pop(address, 0)
+        else:
+            sizes[address] = size
+            held += size
+            peak = max(peak, held)
     return peak
+
+
+def _allocations(roots: Sequence[Any]) -> list[tuple[int, int]]:
+    """Address and bytes, below 0 where it is freed, of every event of the allocator, in the order of time."""
+    found, stack = [], list(roots)
+    while stack:
+        event = stack.pop()
+        stack.extend(event.children)
+        if event.name == "[memory]":
+            found.append((event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size))
+    return [(address, size) for _, address, size in sorted(found, key=lambda one: one[0])]
 
 
 def allocated_by_training(config: Mapping[str, Any], batch: int, copies: int, checkpointing: str) -> int:
