@@ -20,7 +20,7 @@ import pytest
 import torch
 from PIL import Image
 
-from acdit.app import files
+from acdit.app import files, server
 from acdit.app.models import ServedModel
 from acdit.app.requests import Limits
 from acdit.app.service import Service
@@ -203,6 +203,35 @@ def test_a_full_queue_says_busy() -> None:
         client.predict(first.outputs()[0]["request"], api_name="/cancel")
         assert second.result(timeout=30)["event"] == "done"
         assert settled(service)
+
+
+def test_an_idle_server_gives_freed_memory_back_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[float] = []
+
+    def told() -> bool:
+        given.append(time.monotonic())
+        return True
+
+    monkeypatch.setattr(server, "give_back_freed_memory", told)
+    monkeypatch.setattr(server, "IDLE_SECONDS", 0.3)
+    with served_page([image_model(torch.float32)]) as (address, service):
+        time.sleep(0.6)
+        assert not given  # nothing has been asked for yet
+        client = gradio_client.Client(address, verbose=False)
+        for count in (1, 2):
+            job = client.submit({"steps": 200, "block": [1, 1]}, api_name="/image")
+            while not job.outputs():
+                time.sleep(0.02)
+            time.sleep(0.6)  # longer than idle time, and at work
+            assert service.running
+            assert len(given) == count - 1
+            client.predict(job.outputs()[0]["request"], api_name="/cancel")
+            assert settled(service)
+            ended = time.monotonic()
+            while len(given) < count and time.monotonic() < ended + 20:
+                time.sleep(0.02)
+            time.sleep(0.6)
+            assert len(given) == count
 
 
 def test_sigterm_ends_everything_and_nobody_was_called(tmp_path: Path) -> None:

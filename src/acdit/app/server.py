@@ -9,10 +9,12 @@ import signal
 import socket
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from acdit.allocator import give_back_freed_memory
 from acdit.app.guard import Guard
 from acdit.app.models import ServedModel
 from acdit.app.requests import Limits
@@ -20,6 +22,9 @@ from acdit.app.service import Service
 from acdit.errors import ConfigError, StorageError, first_line
 
 HOST = "127.0.0.1"
+IDLE_SECONDS = 2.0
+"""So long without a request, what the requests before it needed goes back to the system: nobody knows when the next
+comes, and a page that stays open all day should not hold the memory of its busiest minute."""
 _OFF = {
     "GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_SHARE": "False", "HF_HUB_DISABLE_TELEMETRY": "1",
     "GRADIO_SSR_MODE": "False", "GRADIO_MCP_SERVER": "False",
@@ -145,7 +150,12 @@ def serve(
                     await asyncio.sleep(0.02)
                 if started is not None:
                     started(address)
+                given_back = time.monotonic()
                 while not server.should_exit:
+                    now = time.monotonic()
+                    if service.last_worked > given_back and service.idle_seconds(now) > IDLE_SECONDS:
+                        given_back = now
+                        await asyncio.to_thread(give_back_freed_memory)
                     server.should_exit = server.should_exit or (stop is not None and stop.is_set())
                     await asyncio.sleep(0.05)
                 await asyncio.to_thread(service.close)  # listeners hear that it ends, and their connections close

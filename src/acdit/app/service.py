@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 import traceback
 import weakref
 from collections.abc import Sequence
@@ -37,6 +38,8 @@ class Service:
         self._caches: weakref.WeakSet[KVCache] = weakref.WeakSet()
         self._changed = threading.Condition()
         self._closed = False
+        self.last_worked = time.monotonic()
+        """When a request last came, or ended (`time.monotonic`)."""
         self._worker = threading.Thread(target=self._work, name="acdit-app", daemon=True)
         self._worker.start()
 
@@ -60,6 +63,10 @@ class Service:
     def running(self) -> int:
         """Requests in the batch at work."""
         return len(self._running)
+
+    def idle_seconds(self, now: float) -> float:
+        """Time without any request, waiting or at work, at the `now` of `time.monotonic`."""
+        return 0.0 if self.running or self.waiting else now - self.last_worked
 
     def checked(self, request: Request) -> Request:
         """The request with every field bounded and every default filled in; nothing is allocated.
@@ -93,6 +100,7 @@ class Service:
             if self._closed or len(self._waiting) >= self.limits.waiting:
                 raise Busy(len(self._waiting))
             self._waiting.append(ticket)
+            self.last_worked = time.monotonic()
             ticket.put(Waiting(len(self._waiting) - 1 + len(self._running)))
             self._changed.notify_all()
         return ticket
@@ -144,6 +152,7 @@ class Service:
                     ticket.put(Waiting(ahead + len(self._running)))
             if self._running:
                 self._run(self._running)
+                self.last_worked = time.monotonic()
             self._running = []
 
     def _forget_given_up(self) -> None:
