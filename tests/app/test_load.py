@@ -94,7 +94,8 @@ def test_load() -> None:
         busiest = process.memory_info().rss - before
         given_back(service)
         growth = process.memory_info().rss - before
-        print(f"load: {dict(counts)}, memory grew by {growth / 2**20:.1f} MiB, {busiest / 2**20:.1f} at the end of the work")
+        told = f"memory grew by {growth / 2**20:.1f} MiB, {busiest / 2**20:.1f} at the end of the work"
+        print(f"load: {dict(counts)}, {told}")
         assert counts["status 5xx"] == 0
         assert counts["done"] + counts["left"] == REQUESTS, counts
         assert counts["left"] <= len(leaving)

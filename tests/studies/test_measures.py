@@ -15,7 +15,7 @@ from acdit.evaluation import load_classifier
 from acdit.recipe import load_recipe
 from acdit.studies import measures
 from acdit.studies.catalog import SETTINGS, studies
-from acdit.studies.probes import NOISE_LEVELS, fit, pixel_probe, probe, quarters, right
+from acdit.studies.probes import NOISE_LEVELS, fit, pixel_probe, probe, regions, right
 from acdit.training import Trainer
 from tests.studies.small import DIGITS, TINY, put_judges
 from tests.test_pipelines import make_pipeline
@@ -32,13 +32,16 @@ def test_a_probe_finds_a_linear_class_and_no_other() -> None:
     assert abs(right(lost, inputs[400:], chance[400:]) - 0.5) < 0.12
 
 
-@pytest.mark.parametrize("block", [(4, 4), (8, 8), (2, 2)])
-def test_quarters_are_those_of_the_picture_whatever_the_blocks(block: tuple[int, int]) -> None:
+@pytest.mark.parametrize("side", [1, 2, 4, 8])
+@pytest.mark.parametrize("block", [(4, 4), (8, 8), (2, 2), (1, 8)])
+def test_regions_are_those_of_the_picture_whatever_the_blocks(block: tuple[int, int], side: int) -> None:
     pipeline = make_pipeline(block=block)
     layout = pipeline.transformer.layout
     grid = torch.arange(64.0).reshape(1, 1, 8, 8)
-    found = quarters(layout.to_blocks(grid), layout)
-    expected = [grid[0, 0, top : top + 4, left : left + 4].mean() for top in (0, 4) for left in (0, 4)]
+    found = regions(layout.to_blocks(grid), layout, side)
+    edge = 8 // side
+    starts = range(0, 8, edge)
+    expected = [grid[0, 0, top : top + edge, left : left + edge].mean() for top in starts for left in starts]
     assert found[0, 0].tolist() == pytest.approx([float(value) for value in expected])
 
 

@@ -27,7 +27,7 @@ Linear = tuple[Tensor, Tensor, Tensor, Tensor]
 """Mean and standard deviation of the features; weight and bias."""
 
 
-def fit(inputs: Tensor, labels: Tensor, *, classes: int, steps: int, seed: int) -> Linear:
+def fit(inputs: Tensor, labels: Tensor, *, classes: int, steps: int, seed: int, weight_decay: float = 1e-4) -> Linear:
     """A linear classifier of standardised features: AdamW, cosine.
 
     Args:
@@ -35,11 +35,12 @@ def fit(inputs: Tensor, labels: Tensor, *, classes: int, steps: int, seed: int) 
         classes: of the labels.
         steps: of the optimizer, with 512 pictures each.
         seed: of the draws.
+        weight_decay: AdamW's.
     """
     mean, std = inputs.mean(0), inputs.std(0).clamp(min=1e-6)
     weight = torch.zeros(classes, inputs.shape[1], requires_grad=True)
     bias = torch.zeros(classes, requires_grad=True)
-    optimizer = torch.optim.AdamW([weight, bias], lr=1e-2, weight_decay=1e-4)
+    optimizer = torch.optim.AdamW([weight, bias], lr=1e-2, weight_decay=weight_decay)
     lr_scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     standardised = (inputs - mean) / std
     for step in range(steps):
@@ -58,10 +59,13 @@ def right(linear: Linear, inputs: Tensor, labels: Tensor) -> float:
     return float((F.linear((inputs - mean) / std, weight, bias).argmax(1) == labels).double().mean())
 
 
-def quarters(tokens: Tensor, layout: BlockLayout) -> Tensor:
-    """(M, N, L, W) → (M, W, 4): means over the quarters of the picture, whatever its blocks."""
+def regions(tokens: Tensor, layout: BlockLayout, side: int) -> Tensor:
+    """(M, N, L, W) → (M, W, side²): means over side × side equal regions of the picture, whatever its blocks.
+
+    Where regions cut tokens, each takes every token it touches.
+    """
     grid = BlockLayout(layout.token_grid, layout.block).from_blocks(tokens)
-    return F.adaptive_avg_pool2d(grid, 2).flatten(2)
+    return F.adaptive_avg_pool2d(grid, side).flatten(2)
 
 
 @torch.no_grad()
@@ -91,7 +95,7 @@ def features(
             noise = draws.normal(tuple(blocks.shape[1:]), seed=seed, stream=stream, step=0, samples=samples)
             noise = noise.to(blocks)
         for layer, tokens in enumerate(classifier.classifier.features(blocks, noise)):
-            found[layer].append(quarters(tokens, transformer.layout).cpu())
+            found[layer].append(regions(tokens, transformer.layout, 2).cpu())
     return [torch.cat(parts) for parts in found]
 
 
