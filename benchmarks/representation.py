@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from acdit import draws, provenance, storage
+from acdit import costs, draws, provenance, storage
 from acdit.classifiers import ACDiTClassifier, corruption_of
 from acdit.data.build import build_dataset
 from acdit.evaluation.classification import measure_accuracy
@@ -39,7 +39,7 @@ from acdit.pipelines import ACDiTPipeline
 from acdit.recipe import load_recipe
 from acdit.studies.probes import fit, regions, right
 from acdit.training import Trainer
-from acdit.training.build import build
+from acdit.training.build import architecture, build
 from acdit.training.finetune import ClassifierTrainer
 from acdit.training.history import committed_checkpoints
 
@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     acdit = options.model or generative("acdit", options)
-    dit = options.dit_model or generative("dit", options, "model.block=[7,7]")
+    dit = options.dit_model or generative("dit", options, "model.block=[7,7]", f"train.steps={dit_steps(options)}")
     probes = {"acdit": probe("acdit", acdit, None, options)}
     probes["untrained"] = probe("untrained", untrained(acdit, options), None, options)
     probes |= {f"dit at {level}": probe(f"dit-{level}", dit, float(level), options) for level in NOISE_LEVELS}
@@ -90,6 +90,18 @@ def main() -> None:
     storage.write_json_atomic(options.results / "representation.json", figures)
     print(json.dumps({name: figures[name] for name in figures if name.endswith("accuracy")}))
     print(f"see {options.results / 'representation.json'}")
+
+
+def dit_steps(options: argparse.Namespace) -> int:
+    """Steps of one block that cost what ACDiT's steps cost: it has no clean stream to compute."""
+    costs_of = []
+    for block in ("[1,7]", "[7,7]"):
+        recipe = load_recipe(RECIPE, [*options.overrides, f"model.block={block}"])
+        costs_of.append(
+            costs.training_flops(architecture(recipe.model), recipe.optim.batch_size, recipe.corruption.copies)
+        )
+    assert recipe.train.steps is not None
+    return round(recipe.train.steps * costs_of[0] / costs_of[1])
 
 
 def generative(name: str, options: argparse.Namespace, *more: str) -> Path:

@@ -35,7 +35,9 @@ class ModelRecipe:
 class DataRecipe:
     """What to train on.
 
-    `size` is what pictures are resized and cropped to: a square's side, or [height, width]. `classes` is a file that
+    `size` is what pictures are resized and cropped to: a square's side, or [height, width]. `shift`: in training each
+    picture, or whole clip, moves by up to so many pixels up or down and left or right, and black comes in (what others
+    call a random crop with padding). `classes` is a file that
     gives classes their order and names. `shuffle_buffer` counts the rows of a stream that are shuffled together;
     up to twice as many lie in the memory of each process, undecoded.
 
@@ -57,6 +59,7 @@ class DataRecipe:
     crop: str = "center"
     channels: int = 3
     flip: bool = False
+    shift: int = 0
     classes: str | None = None
     image_column: str = "image"
     label_column: str = "label"
@@ -284,7 +287,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "model.attention_head_dim": (2, 2**31), "model.num_classes": (1, 2**31), "model.rope_split": (1, 2**31),
     "model.rope_base": (1 + 1e-9, math.inf),
     "model.vocab_size": (1, 2**31), "model.window": (1, 2**31), "model.sink_blocks": (0, 2**31),
-    "data.size": (1, 2**31), "data.channels": (1, 5), "data.max_bad_files": (0, 2**31), "data.num_workers": (0, 4096),
+    "data.size": (1, 2**31), "data.channels": (1, 5), "data.shift": (0, 2**15),
+    "data.max_bad_files": (0, 2**31), "data.num_workers": (0, 4096),
     "data.shuffle_buffer": (1, 2**31), "data.frames": (1, 2**16), "data.frame_stride": (1, 2**16),
     "data.fps": (1e-3, 1001), "data.digits_per_clip": (1, 3),
     "data.sequence_length": (1, 2**31), "data.held_out": (0, 2**31),

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from acdit.codecs import PixelCodec
+from acdit.codecs.pixels import shift_pictures
 
 
 def test_the_default_maps_bytes_to_minus_one_and_one() -> None:
@@ -37,3 +38,15 @@ def test_pictures_and_whole_clips_are_mirrored_where_told(shape: tuple[int, ...]
     found = PixelCodec.flip(data, torch.tensor([True, False, True]))
     assert torch.equal(found[1], data[1])
     assert torch.equal(found[[0, 2]], data[[0, 2]].flip(-1))
+
+
+@pytest.mark.parametrize("shape", [(5, 2, 4, 6), (5, 1, 3, 4, 6)])
+@pytest.mark.parametrize("reach", [1, 3, 9])
+def test_shifted_pictures_are_cut_from_ones_with_a_black_frame(shape: tuple[int, ...], reach: int) -> None:
+    data = torch.randint(1, 256, shape, dtype=torch.uint8)
+    offsets = torch.tensor([[0, 0], [reach, -1], [-reach, reach], [1, reach], [-1, -reach]])
+    framed = torch.nn.functional.pad(data, (reach,) * 4)
+    for index, (down, right) in enumerate(offsets.tolist()):
+        top, left = reach - down, reach - right
+        wanted = framed[index, ..., top : top + shape[-2], left : left + shape[-1]]
+        assert torch.equal(shift_pictures(data, offsets)[index], wanted)

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from acdit.data import ClipsDataset, DigitsDataset, IdxDataset, ImagesDataset, MovingDigitsDataset
-from acdit.data.build import build_dataset
+from acdit.data.build import as_measured, build_dataset
 from acdit.data.frame_choice import FrameChoice
 from acdit.errors import ConfigError
 from acdit.recipe import DataRecipe, load_recipe
@@ -121,3 +121,11 @@ def test_moving_digits_are_built_as_the_recipe_says(tmp_path: Path) -> None:
 def test_no_setting_is_silently_ignored(settings: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         build_dataset(DataRecipe(**settings))
+
+
+def test_what_training_draws_at_random_is_not_drawn_where_it_measures() -> None:
+    trained = DataRecipe(kind="clips", root="x", flip=True, shift=3, crop="random", size=8)
+    assert as_measured(trained, "val") == DataRecipe(kind="clips", root="x", size=8, start="center", split="val")
+    latents = DataRecipe(kind="latents", root="x", shift=1)
+    with pytest.raises(ConfigError, match="shift"):
+        build_dataset(latents)

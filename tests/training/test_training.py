@@ -25,8 +25,9 @@ VARIANTS = {
     "cosine with warm-up, no clipping": {
         "optim__schedule": "cosine", "optim__warmup_steps": 3, "optim__max_grad_norm": None
     },
-    "flow, min-SNR, flips": {
-        "corruption__prediction_type": "flow_prediction", "corruption__min_snr_gamma": 5.0, "data__flip": True
+    "flow, min-SNR, flips, shifts": {
+        "corruption__prediction_type": "flow_prediction", "corruption__min_snr_gamma": 5.0, "data__flip": True,
+        "data__shift": 2,
     },
     "noisy context": {"corruption__context_noise": 0.5, "corruption__copies": 2},
     "bf16": {"train__precision": "bf16"},
@@ -98,11 +99,12 @@ def test_a_tiny_model_learns_four_pictures_by_heart(tmp_path: Path) -> None:
 
 
 def test_micro_batches_and_ranks_cut_one_global_batch() -> None:
-    built = build(tiny_recipe(optim__batch_size=8, corruption__copies=2, data__flip=True))
+    changes = {"data__flip": True, "data__shift": 1}
+    built = build(tiny_recipe(optim__batch_size=8, corruption__copies=2, **changes))
 
     def draw(world: int, accumulation: int, step: int) -> dict[str, torch.Tensor]:
         cut = dataclasses.replace(built, recipe=tiny_recipe(
-            optim__batch_size=8, optim__accumulation=accumulation, corruption__copies=2, data__flip=True))  # fmt: skip
+            optim__batch_size=8, optim__accumulation=accumulation, corruption__copies=2, **changes))  # fmt: skip
         parts = []
         for rank in range(world):
             parts += next(iter(Batches(cut, rank, world, step, torch.device("cpu"))))
@@ -116,6 +118,25 @@ def test_micro_batches_and_ranks_cut_one_global_batch() -> None:
             cut = draw(world, accumulation, step)
             assert all(torch.equal(whole[name], cut[name]) for name in whole)
     assert not torch.equal(draw(1, 1, 0)["noise"], draw(1, 1, 1)["noise"])
+
+
+def test_pictures_are_shifted_each_its_own_way_within_reach() -> None:
+    plain, moved = (
+        next(iter(Batches(build(tiny_recipe(optim__batch_size=200, data__shift=reach)), 0, 1, 0, torch.device("cpu"))))
+        for reach in (0, 1)
+    )
+    layout = build(tiny_recipe()).model.layout
+    before, after = (layout.from_blocks(batch.clean)[:, 0] for (batch,) in (plain, moved))
+    found = set()
+    for one, other in zip(before, after, strict=True):
+        framed = torch.nn.functional.pad(one, (1, 1, 1, 1), value=-1.0)  # black
+        ways = [
+            (down, right) for down in (-1, 0, 1) for right in (-1, 0, 1)
+            if torch.equal(framed[1 - down : 9 - down, 1 - right : 9 - right], other)
+        ]  # fmt: skip
+        assert ways
+        found |= {ways[0]} if len(ways) == 1 else set()
+    assert len(found) == 9
 
 
 def test_every_epoch_shows_every_sample_once_in_another_order() -> None:

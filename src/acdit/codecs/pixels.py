@@ -16,6 +16,23 @@ def flip_pictures(pictures: Tensor, flipped: Tensor) -> Tensor:
     return torch.where(flipped.view(-1, *[1] * (pictures.ndim - 1)), pictures.flip(-1), pictures)
 
 
+def shift_pictures(pictures: Tensor, offsets: Tensor) -> Tensor:
+    """Move pictures, or whole clips; black (0) comes in where nothing was.
+
+    Args:
+        pictures: (B, C, [T,] H, W).
+        offsets: (B, 2) integers: pixels down and to the right.
+    """
+    height, width = pictures.shape[-2:]
+    moved = torch.zeros_like(pictures)
+    for source, target, (down, right) in zip(pictures, moved, offsets.tolist(), strict=True):
+        rows, columns = max(0, height - abs(down)), max(0, width - abs(right))
+        top, left = max(0, -down), max(0, -right)
+        cut = source[..., top : top + rows, left : left + columns]
+        target[..., max(0, down) : max(0, down) + rows, max(0, right) : max(0, right) + columns] = cut
+    return moved
+
+
 class PixelCodec:
     """Model space is (value − mean) / std of values in [0, 1]; the default maps them to [−1, 1].
 

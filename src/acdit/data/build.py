@@ -34,6 +34,7 @@ _ONLY_FOR = {
     "size": PICTURE_KINDS,
     "channels": PICTURE_KINDS,
     "flip": PICTURE_KINDS,
+    "shift": tuple(kind for kind in PICTURE_KINDS if kind != "latents"),
     "crop": ("images", "idx", "webdataset", "hf", "clips", *TEXT_KINDS),
     "classes": ("images", "idx", "webdataset", "hf", "clips", "moving_idx"),
     "image_column": ("hf",),
@@ -109,7 +110,7 @@ def require_used(recipe: DataRecipe) -> None:
 
 
 def as_measured(recipe: DataRecipe, split: str | None = None) -> DataRecipe:
-    """The data with all chosen once that training chooses at random: nothing mirrored, the middle of what is cropped.
+    """The data with all chosen once that training chooses at random: nothing mirrored or shifted, crops in the middle.
 
     Args:
         recipe: as trained on.
@@ -117,7 +118,7 @@ def as_measured(recipe: DataRecipe, split: str | None = None) -> DataRecipe:
     """
     start = "center" if recipe.kind == "clips" and recipe.start == "random" else recipe.start
     return dataclasses.replace(
-        recipe, flip=False, crop="center", start=start, split=recipe.split if split is None else split
+        recipe, flip=False, shift=0, crop="center", start=start, split=recipe.split if split is None else split
     )
 
 

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from acdit import draws
 from acdit.codecs import TokenIdsCodec, VAECodec
+from acdit.codecs.pixels import shift_pictures
 from acdit.corruption import MaskingCorruption
 from acdit.data.bad_files import BadFiles
 from acdit.data.build import Dataset, length
@@ -189,11 +190,15 @@ class Batches:
         return [(part.pictures, part.labels) for part in parts]
 
     def _clean(self, pictures: Tensor, key: dict[str, Any]) -> Tensor:
-        """Flipped, encoded and cut into blocks: (B, N, L, D)."""
+        """Flipped, shifted, encoded and cut into blocks: (B, N, L, D)."""
         built = self.built
         if built.recipe.data.flip and not isinstance(built.codec, TokenIdsCodec):
             flipped = draws.uniform((), stream="flip", **key) < 0.5
             pictures = built.codec.flip(pictures, flipped)
+        reach = built.recipe.data.shift
+        if reach:
+            drawn = draws.uniform((2,), stream="shift", **key) * (2 * reach + 1)
+            pictures = shift_pictures(pictures, drawn.floor().long() - reach)
         shape = built.codec.noise_shape(built.dataset.shape)
         posterior = None if shape is None else draws.normal(shape, stream="posterior", **key)
         return built.model.layout.to_blocks(built.codec.encode(pictures, posterior))
