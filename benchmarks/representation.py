@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from acdit import costs, draws, provenance, storage
+from acdit.allocator import keep_freed_memory
 from acdit.classifiers import ACDiTClassifier, corruption_of
 from acdit.data.build import build_dataset
 from acdit.evaluation.classification import measure_accuracy
@@ -67,6 +68,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    keep_freed_memory()
     acdit = options.model or generative("acdit", options)
     dit = options.dit_model or generative("dit", options, "model.block=[7,7]", f"train.steps={dit_steps(options)}")
     probes = {"acdit": probe("acdit", acdit, None, options)}

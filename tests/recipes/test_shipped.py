@@ -91,7 +91,7 @@ def test_a_recipe_is_read_whole_and_its_head_starts_it(name: str) -> None:
 def test_a_finetuning_recipe_starts_from_the_model_it_names(name: str) -> None:
     """Its model section is that of the recipe whose model its head hands over."""
     recipe = load_recipe(name)
-    base = load_recipe({"finetune-digits": "digits"}.get(name, name.removeprefix("finetune-")))
+    base = load_recipe({"finetune-mnist": "mnist-patch4"}.get(name, name.removeprefix("finetune-")))
     assert recipe.model == base.model
     assert recipe.corruption.prediction_type == base.corruption.prediction_type
     require_used(recipe.data)
