@@ -221,7 +221,7 @@ def features(
 def grid(tokens: Tensor, layout: BlockLayout) -> Tensor:
     """(M, N, L, W) → (M, W, 7, 7)."""
     side = max(SIDES)
-    return regions(tokens, layout, side).unflatten(2, (side, side))
+    return regions(tokens, layout, side).unflatten(2, (side, side)).contiguous()
 
 
 def finetuned(model: Path, options: argparse.Namespace) -> dict[str, Any]:
