@@ -16,6 +16,7 @@ from typing import Any
 
 from acdit.allocator import give_back_freed_memory
 from acdit.app.guard import Guard
+from acdit.app.leavers import Forgetting
 from acdit.app.models import ServedModel
 from acdit.app.requests import Limits
 from acdit.app.service import Service
@@ -28,6 +29,9 @@ comes, and a page that stays open all day should not hold the memory of its busi
 _OFF = {
     "GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_SHARE": "False", "HF_HUB_DISABLE_TELEMETRY": "1",
     "GRADIO_SSR_MODE": "False", "GRADIO_MCP_SERVER": "False",
+    # Times of requests, for a page of statistics that is not served: a table of all of them was made anew after every
+    # request, in memory (pyarrow's) that grows with them.
+    "GRADIO_ANALYTICS_MAX_EVENTS": "1", "GRADIO_ANALYTICS_CACHE_FREQUENCY": str(2**62),
 }  # fmt: skip
 
 
@@ -67,7 +71,9 @@ def application(models: Sequence[ServedModel], limits: Limits | None = None) -> 
         os.environ["GRADIO_TEMP_DIR"] = folder  # where gradio puts uploads, and looks for them
         try:
             with Service(models, limits) as service:
-                yield Guard(_mounted(service, limits), Path(folder), limits.upload_bytes), service
+                page, forgetting = _mounted(service, limits)
+                service.when_idle = forgetting.finished
+                yield Guard(page, Path(folder), limits.upload_bytes), service
         finally:
             if before is None:
                 del os.environ["GRADIO_TEMP_DIR"]
@@ -75,7 +81,7 @@ def application(models: Sequence[ServedModel], limits: Limits | None = None) -> 
                 os.environ["GRADIO_TEMP_DIR"] = before
 
 
-def _mounted(service: Service, limits: Limits) -> Any:
+def _mounted(service: Service, limits: Limits) -> tuple[Any, Forgetting]:
     import fastapi
     import gradio as gr
 
@@ -92,11 +98,13 @@ def _mounted(service: Service, limits: Limits) -> Any:
         slider_color="#2f6fb0", slider_color_dark="#5c9bd9",
     )  # fmt: skip
     outer = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    return gr.mount_gradio_app(
-        outer, Page(service).build(), path="/", server_name=HOST, show_error=True, max_file_size=limits.upload_bytes,
+    blocks = Page(service).build()
+    mounted = gr.mount_gradio_app(
+        outer, blocks, path="/", server_name=HOST, show_error=True, max_file_size=limits.upload_bytes,
         ssr_mode=False, enable_monitoring=False, pwa=False, mcp_server=False, footer_links=[], theme=theme,
         css=CSS, allowed_paths=[], run_history=False,
     )  # fmt: skip
+    return mounted, Forgetting(blocks._queue)
 
 
 def serve(
@@ -155,6 +163,7 @@ def serve(
                     now = time.monotonic()
                     if service.last_worked > given_back and service.idle_seconds(now) > IDLE_SECONDS:
                         given_back = now
+                        service.when_idle()
                         await asyncio.to_thread(give_back_freed_memory)
                     server.should_exit = server.should_exit or (stop is not None and stop.is_set())
                     await asyncio.sleep(0.05)

@@ -7,7 +7,7 @@ import threading
 import time
 import traceback
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from acdit.app import drawing, writing
@@ -40,6 +40,8 @@ class Service:
         self._closed = False
         self.last_worked = time.monotonic()
         """When a request last came, or ended (`time.monotonic`)."""
+        self.when_idle: Callable[[], None] = lambda: None
+        """Called once the server has had no request for a while."""
         self._worker = threading.Thread(target=self._work, name="acdit-app", daemon=True)
         self._worker.start()
 
