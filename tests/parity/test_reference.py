@@ -63,7 +63,12 @@ def test_training_forward_is_the_references(
         assert relative_error(ours[:, block], theirs[:, block]) <= bound
 
 
-@pytest.mark.parametrize(("dtype", "bound"), PRECISIONS)
+# diffusers' solver makes its coefficients in fp32, and their last bits are each processor's own: recorded on an AMD
+# EPYC (where the sample agrees within 1e-10), an Intel Xeon differs by 5e-8. One such bit moves it by up to 4e-7.
+SAMPLE_PRECISIONS = [PRECISIONS[0], pytest.param(torch.float64, 5e-7, id="fp64")]
+
+
+@pytest.mark.parametrize(("dtype", "bound"), SAMPLE_PRECISIONS)
 def test_guided_sample_is_the_references(
     reference: Recorded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, bound: float
 ) -> None:
