@@ -37,9 +37,9 @@ class DataRecipe:
 
     `size` is what pictures are resized and cropped to: a square's side, or [height, width]. `shift`: in training each
     picture, or whole clip, moves by up to so many pixels up or down and left or right, and black comes in (what others
-    call a random crop with padding). `classes` is a file that
-    gives classes their order and names. `shuffle_buffer` counts the rows of a stream that are shuffled together;
-    up to twice as many lie in the memory of each process, undecoded.
+    call a random crop with padding). `classes` is a file that gives classes their order and names. `shuffle_buffer`
+    counts the rows of a stream that are shuffled together; up to twice as many lie in the memory of each process,
+    undecoded.
 
     A clip has `frames` frames: of those its file shows (with `fps`, of so many a second) every `frame_stride`-th, from
     `start` on: random, center or first. `short_clips` says what becomes of shorter files: error or loop. `split_file`
